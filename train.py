@@ -1,0 +1,336 @@
+"""Training: the whole method in one plain loop.
+
+    python train.py                                                     phantoms, 3 minutes on two CPU cores
+    python train.py --data acdc --root DIR --labeled 7                  real cardiac MRI
+    python train.py --data acdc --root DIR --labeled 7 --supervised     the baseline: labelled part only, same budget
+
+Implements Sections 3.4 to 3.6 (student and EMA teacher, Eq. 7 to 12 in their order) and the settings of 4.2.
+Names: l labelled, u unlabelled weak view, a unlabelled strong view; x image, y mask, z tokens, q quantized, _hat predicted.
+
+The paper does not say:
+  - which unlabelled view enters the student. The strong one, x_a: its tokens are perturbed, its pseudo-label comes from the
+    teacher's look at the weak view x_u, and its image branch must give back x_u, as Eq. 9 has it.
+  - any warm-up of lambda_u or threshold on pseudo-labels: `--ramp` and `--threshold`.
+  - the weight of the quantizer's own loss: `--lambda-vq`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import data
+import evaluate
+import losses
+from data import BadInput, Slices
+from model import StandInFM, VQSeg, ema_update
+from vq import usage
+
+
+def option(default, help: str, choices: list[str] | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """Every field is a command-line flag; defaults stand here and nowhere else."""
+
+    # what to train on
+    data: str = option("phantom", "phantom: made in code, kept in a cache folder; acdc: the real one, from --root", ["phantom", "acdc"])
+    root: str = option("", "folder that holds ACDC's patientNNN folders, or its training/ folder")
+    labeled: int = option(-1, "labelled patients, the first of the training list; -1 = 3 for phantom, 7 for acdc")
+    # how long, where
+    minutes: float = option(0.0, "wall-clock budget; 0 = 3 for phantom, 30 for acdc")
+    steps: int = option(0, "budget in steps instead: repeatable to the bit, which a clock is not")
+    batch: int = option(4, "labelled slices per step, and as many unlabelled (the paper: 4 per GPU)")
+    seed: int = option(1337, "the randomness of step n is a function of (seed, n) alone")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    out: str = option("", "run folder; empty = runs/DATA-LABELED-NAME-seedSEED, numbered if it is taken")
+    # the method, a switch for every part
+    supervised: bool = option(False, "the baseline: L_seg of Eq. 8 only, on the same network without quantizer and image branch")
+    perturb: str = option("qpm", "qpm: Eq. 4; shuffle: the abstract; dropout: Section 3.2; none", ["qpm", "shuffle", "dropout", "none"])
+    eps: float = option(0.7, "strength of the perturbation, in [0,1]")
+    temperature: float = option(1.0, "T, divides the distance in Eq. 4; inf = uniform replacement")
+    codebook_size: int = option(1024, "K (the paper: 16384 with DINOv2)")
+    lambda_u: float = option(1.0, "Eq. 10: weight of the unlabelled loss; 0 switches it off")
+    lambda_a: float = option(5.0, "Eq. 12: weight of the alignment with the foundation model")
+    lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 switches the image branch off")
+    lambda_vq: float = option(1.0, "weight of the quantizer's own loss")
+    lambda_dice: float = option(1.0, "weight of the soft Dice loss in L_seg; 0 is the paper's plain cross-entropy")
+    fm: str = option("standin", "foundation model of Eq. 11: standin = frozen random features; none", ["standin", "none"])
+    tau: float = option(0.07, "temperature of Eq. 11")
+    alpha: float = option(0.99, "EMA of the teacher")
+    threshold: float = option(0.0, "pseudo-label pixels less sure than this are left out; 0 is Eq. 9")
+    ramp: float = option(0.1, "share of the budget over which lambda_u rises from 0")
+    # optimizer and network
+    lr: float = option(1e-3, "AdamW, falls as (1 - progress)^0.9; the paper's SGD at 1e-4 starts from pretrained weights")
+    weight_decay: float = option(0.01, "AdamW")
+    width: int = option(24, "channels of the first level of the network")
+    dim: int = option(32, "channels of a token")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: one training step's loss
+
+
+def supervised_loss(s: Settings, student: VQSeg, x_l: Tensor, y_l: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The baseline: L_seg of Eq. 8 and nothing else."""
+    seg = losses.segmentation_loss(student(x_l), y_l, dice_weight=s.lambda_dice)
+    return seg, {"loss": seg, "seg_l": seg}
+
+
+def vqseg_loss(s: Settings, student: VQSeg, teacher: VQSeg, fm: nn.Module | None, x_l: Tensor, y_l: Tensor, x_u: Tensor, x_a: Tensor,
+               progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 7 to 12 on one labelled and one unlabelled batch: the loss, and each of its terms by name."""
+    B = len(x_l)
+    # 1. The teacher looks at the weak view: pseudo-labels, without gradient.
+    with torch.no_grad():
+        pseudo = losses.pseudo_label(teacher(x_u), s.threshold)
+    # 2. The student encodes labelled slices and strong views together; Eq. 2 makes tokens of them.
+    z, skips = student.encoder(torch.cat([x_l, x_a]))
+    q = student.quantizer(z)
+    # 3. QPM perturbs the unlabelled tokens, Eq. 4.
+    perturbed = student.perturb(z[B:], q.codes[B:], q.indices[B:], s.perturb, s.eps, s.temperature, generator)
+    # 4. Both branches decode from the shared post-VQ space, Eq. 7.
+    y_hat = student.segmentation_decoder(torch.cat([q.codes[:B], perturbed]), skips)
+    x_hat = student.image_decoder(q.codes) if s.lambda_rec else torch.cat([x_l, x_u])
+    # 5. Eq. 8, 9, 10.
+    l_l = losses.labelled_loss(x_hat[:B], x_l, y_hat[:B], y_l, s.lambda_rec, s.lambda_dice)
+    l_u = losses.unlabelled_loss(x_hat[B:], x_u, y_hat[B:], pseudo, s.lambda_rec, s.lambda_dice)
+    lambda_u = s.lambda_u * min(1.0, progress / s.ramp if s.ramp else 1.0)
+    l_db = losses.dual_branch_loss(l_l.total, l_u.total, lambda_u)
+    # 6. Tokens align with the frozen model's features of the undisturbed slices, Eq. 11; the sum is Eq. 12.
+    l_align = torch.zeros((), device=z.device)
+    if fm is not None and s.lambda_a:
+        f_fm = fm(torch.cat([x_l, x_u]))
+        l_align = losses.alignment_loss(student.adapter(q.codes, f_fm.shape[-2:]), f_fm, s.tau)
+    loss = losses.total_loss(l_db, l_align, s.lambda_a) + s.lambda_vq * q.loss
+    terms = {"loss": loss, "seg_l": l_l.seg, "rec_l": l_l.rec, "seg_u": l_u.seg, "rec_u": l_u.rec, "align": l_align, "vq": q.loss,
+             "kept": pseudo.keep.mean()}
+    return loss, terms | {"indices": q.indices}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(s: Settings) -> None:
+    device = pick_device(s.device)
+    amp = has_bfloat16(device)
+    # Everything the run needs is found, read and checked before anything is written.
+    root, split = data.open_dataset(s.data, s.root)
+    labelled_cases, unlabelled_cases = data.training_cases(root, split, s.labeled)
+    val_cases = data.find_cases(root, split["val"], need_masks=True)
+    labelled, unlabelled = Slices(labelled_cases), Slices(unlabelled_cases)
+    print(f"{s.data}: {s.labeled} labelled patients ({len(labelled)} slices), {len(unlabelled_cases)} unlabelled frames "
+          f"({len(unlabelled)} slices), {len(val_cases)} validation volumes; {device}, {'bfloat16' if amp else 'float32'}")
+    student, teacher, fm, optimizer = build(s, device)
+    run = make_run_folder(s)
+
+    start, step, best, tokens, sums = time.perf_counter(), 0, -1.0, [], {}
+    budget = f"{s.steps} steps" if s.steps else f"{s.minutes:g} minutes"
+    next_check, last_line = 0.1, (0, start)
+    print(f"{run}: training for {budget}", flush=True)
+    progress = 0.0
+    while progress < 1:
+        # 1. What is random in this step, and the learning rate: the polynomial schedule of 4.2 after a short warm-up.
+        generator, pick = generators(device, s.seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * min(1.0, (step + 1) / 100) * (1 - progress) ** 0.9
+        # 2. Labelled slices with their masks, unlabelled slices in a weak and a strong view of the same geometry.
+        x_l, y_l = data.weak_view(*labelled.batch(torch.randint(len(labelled), (s.batch,), generator=pick), device), generator)
+        x_l = data.strong_view(x_l, generator)
+        x_u, _ = data.weak_view(*unlabelled.batch(torch.randint(len(unlabelled), (s.batch,), generator=pick), device), generator)
+        x_a = data.strong_view(x_u, generator)
+        # 3. The loss of the paper, or of the baseline.
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            if s.supervised:
+                loss, terms = supervised_loss(s, student, x_l, y_l)
+            else:
+                loss, terms = vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, progress, generator)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"step {step}: the loss is not finite: " + show(terms))
+        # 4. Student by gradient, teacher by moving average (its first steps average less, or it would remember the start).
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema_update(teacher, student, min(s.alpha, 1 - 1 / (step + 1)))
+        step += 1
+        progress = step / s.steps if s.steps else (time.perf_counter() - start) / (60 * s.minutes)
+        # 5. The record: one line every 50 steps, validation ten times in a run.
+        for name, value in terms.items():
+            if name == "indices":
+                tokens.append(value)
+            else:
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        if step % 50 == 0 or progress >= 1:
+            now = time.perf_counter()
+            rate = (step - last_line[0]) / (now - last_line[1])
+            line = {"step": step, "progress": round(progress, 4)}
+            line |= {name: round(total.item() / (step - last_line[0]), 5) for name, total in sums.items()}
+            if tokens:
+                used = usage(torch.cat([t.flatten() for t in tokens]), s.codebook_size)
+                line |= {"utilization": round(used.utilization, 4), "perplexity": round(used.perplexity, 1)}
+            line["steps_per_s"] = round(rate, 2)
+            append_line(run, line)
+            left = (now - start) * (1 / progress - 1) / 60 if progress < 1 else 0
+            print("  ".join(f"{k} {v:g}" for k, v in line.items()) + f"  left {left:.1f} min", flush=True)
+            last_line, tokens, sums = (step, now), [], {}
+        if progress >= next_check:
+            next_check += 0.1
+            score = evaluate.mean_dice(evaluate.evaluate(teacher, val_cases, data.CLASSES, device, amp, distances=False))
+            append_line(run, {"step": step, "progress": round(progress, 4), "val_dice": round(score, 5)})
+            better = score > best
+            best = max(best, score)
+            print(f"step {step}: validation Dice of the teacher {score:.4f}{', the best so far' if better else ''}", flush=True)
+            state = {"settings": asdict(s), "step": step, "val_dice": score, "teacher": teacher.state_dict()}
+            if better:
+                save(run / "best.pt", state)
+            save(run / "last.pt", state | {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "best": best})
+    finish(s, run, labelled, unlabelled, val_cases, device, amp, step, (time.perf_counter() - start) / 60)
+
+
+def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cases: list, device: torch.device, amp: bool, steps: int,
+           minutes: float) -> None:
+    """The table and the picture of the best teacher, and how much of the codebook the training slices use."""
+    model, saved = evaluate.load(run, device)
+    rows = evaluate.evaluate(model, val_cases, data.CLASSES, device, amp)
+    evaluate.write_csv(run / "val.csv", rows)
+    result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": steps, "minutes": round(minutes, 2), "fm": s.fm}
+    print(f"\n{run}: teacher of step {saved['step']} of {steps}, best on validation; {minutes:.1f} minutes; foundation model: {s.fm}")
+    if not s.supervised:
+        used = evaluate.codebook_usage(model, [labelled, unlabelled], device, amp)
+        result |= {"utilization": used.utilization, "perplexity": used.perplexity}
+        print(f"codebook over all training slices: {used.utilization:.1%} of {s.codebook_size} in use, perplexity {used.perplexity:.0f}")
+    print(evaluate.table(rows))
+    evaluate.draw(model, val_cases, device, amp, run / "predictions.png")
+    (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {run}/val.csv, predictions.png, result.json, log.jsonl, best.pt, last.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Setting up
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is in the silicon. Where it is emulated it is slower than float32, fifty times on one CPU we tried."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Generator, torch.Generator]:
+    """For step `step` of seed `seed`: one generator on the device, for the tensors, and one on the CPU, to pick slices."""
+    states = np.random.SeedSequence((seed, step)).generate_state(2)
+    return torch.Generator(device).manual_seed(int(states[0])), torch.Generator().manual_seed(int(states[1]))
+
+
+def build(s: Settings, device: torch.device) -> tuple[VQSeg, VQSeg, nn.Module | None, torch.optim.Optimizer]:
+    """Student, teacher (a copy that no gradient reaches), foundation model, optimizer."""
+    torch.manual_seed(s.seed)
+    fm = StandInFM().to(device) if s.fm == "standin" and not s.supervised else None
+    student = evaluate.build_model(asdict(s)).to(device)
+    teacher = evaluate.build_model(asdict(s)).to(device)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    return student, teacher, fm, torch.optim.AdamW(student.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+
+
+def make_run_folder(s: Settings) -> Path:
+    """A new folder with the record of what is about to run. A folder that holds a run already is never written over."""
+    name = "supervised" if s.supervised else f"vqseg-{s.perturb}"
+    run = Path(s.out or f"runs/{s.data}-{s.labeled}-{name}-seed{s.seed}")
+    if s.out and (run / "record.json").exists():
+        raise BadInput(f"--out {run}: holds a run already; give another folder, or remove this one")
+    number = 2
+    while not s.out and run.exists():
+        run = run.with_name(f"{run.name.split('.')[0]}.{number}")
+        number += 1
+    run.mkdir(parents=True, exist_ok=True)
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip()
+    record = {"settings": asdict(s), "command": sys.argv, "commit": commit or "unknown", "torch": torch.__version__,
+              "numpy": np.__version__, "python": sys.version.split()[0], "chosen_on": "val"}
+    (run / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    return run
+
+
+def append_line(run: Path, line: dict) -> None:
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def save(path: Path, state: dict) -> None:
+    """Whole or not at all: write beside it, sync, rename."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def show(terms: dict[str, Tensor]) -> str:
+    return " ".join(f"{name}={value.item():.4g}" for name, value in terms.items() if value.ndim == 0)
+
+
+def read_settings(arguments: list[str] | None = None) -> Settings:
+    """The command line, with the defaults that depend on the data set filled in and every range checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(Settings):
+        flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action="store_true", help=about)
+        else:
+            parser.add_argument(flag, type=type(f.default), default=f.default, choices=f.metadata["choices"], help=about)
+    s = Settings(**vars(parser.parse_args(arguments)))
+    if s.labeled == -1:
+        s.labeled = 3 if s.data == "phantom" else 7
+    if not s.minutes and not s.steps:
+        s.minutes = 3.0 if s.data == "phantom" else 30.0
+    if s.minutes and s.steps:
+        raise BadInput("--minutes and --steps: give one of them")
+    ranges = {"eps": (0, 1), "alpha": (0, 1), "threshold": (0, 1), "ramp": (0, 1), "seed": (0, 2**63)}
+    ranges |= {"batch": (1, 4096), "codebook_size": (2, 2**20), "steps": (0, 10**9), "minutes": (0, 10**6), "dim": (1, 4096)}
+    ranges |= {name: (0, float("inf")) for name in ("lambda_u", "lambda_a", "lambda_rec", "lambda_vq", "lambda_dice", "lr", "weight_decay")}
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(s, name) <= high:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must lie in {low} to {high}")
+    for name in ("temperature", "tau"):
+        if not getattr(s, name) > 0:
+            raise BadInput(f"--{name} {getattr(s, name)}: must be above 0")
+    if s.width < 8 or s.width % 8:
+        raise BadInput(f"--width {s.width}: must be a multiple of 8, the number of groups of GroupNorm")
+    return s
+
+
+def main() -> None:
+    try:
+        train(read_settings())
+    except (BadInput, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Vector quantization: a feature map becomes a grid of codeword indices.
+
+Implements Section 3.3, Eq. 2 (nearest codeword, straight-through estimator) and the codebook mapping of Section 4.2
+(SimVQ, Zhu et al. 2024: a frozen random table seen through one learnable linear map, so that every step moves every
+codeword and none is left behind).
+
+The paper does not say:
+  - how the codebook gets a gradient. Straight-through gives it none, so we add the two usual VQ terms: the codebook
+    loss (codewords go to the tokens) and the commitment loss with beta = 0.25 (tokens go to their codewords).
+  - how a quantizer trained from scratch stays alive. Here it does not by itself: see `usage_loss`. The authors'
+    release has a term of this kind too, though their paper has none.
+  - the length of a codeword. Ours have unit length, and the model makes its tokens unit length, so that the distances of
+    Eq. 2 and Eq. 4 lie in [0, 2] whatever the network does, and one temperature suits a whole run.
+
+Run `python vq.py` to see what the quantizer does to a cloud of points.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Quantized(NamedTuple):
+    codes: Tensor  # (B,D,h,w) q(z): forward the nearest codeword, backward the identity
+    indices: Tensor  # (B,h,w) int64, values in [0,K)
+    loss: Tensor  # () codebook + beta * commitment + usage_weight * usage
+
+
+class Usage(NamedTuple):
+    utilization: float  # share of the K codewords that occur at least once, in [0,1]
+    perplexity: float  # exp(entropy of the histogram), in [1,K]: how many codewords it is "as if" in equal use
+
+
+def nearest(z: Tensor, codebook: Tensor) -> Tensor:
+    """Eq. 2: i = argmin_k || z - c_k ||_2 for any number of tokens.
+
+    z (..., D), codebook (K,D) -> (...) int64. Bounded memory: 64 MB of distances at a time, never tokens x K.
+    """
+    K, D = codebook.shape
+    if z.shape[-1] != D:
+        raise ValueError(f"tokens have {z.shape[-1]} channels but codewords have {D}")
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        # ||z-c||^2 = ||z||^2 - 2 z.c + ||c||^2: the first term is the same for every k, so argmin does not need it.
+        # Subtle: a shift common to z and c changes no distance but costs float32 digits, so take it out first.
+        center = codebook.float().mean(0)
+        c = codebook.float() - center  # (K,D)
+        tokens = z.float().reshape(-1, D) - center  # (N,D)
+        c_squared = c.square().sum(1)  # (K,)
+        rows = max(1, 2**24 // K)
+        found = [torch.addmm(c_squared, part, c.T, alpha=-2).argmin(1) for part in tokens.split(rows)]
+    return torch.cat(found).reshape(z.shape[:-1])
+
+
+def straight_through(z: Tensor, codes: Tensor) -> Tensor:
+    """Forward `codes`, backward the identity to `z` (Bengio et al. 2013): the argmin has no gradient of its own."""
+    return z + (codes - z).detach()
+
+
+def codebook_loss(z: Tensor, codes: Tensor, beta: float = 0.25) -> Tensor:
+    """|| sg(z) - e ||^2 + beta || z - sg(e) ||^2, summed over the D channels, mean over tokens. Both (..., D).
+
+    The first half moves codewords (through the linear map), the second moves tokens; beta stands on the token's side.
+    """
+    to_token = (codes - z.detach()).square().sum(-1).mean()
+    to_codeword = (z - codes.detach()).square().sum(-1).mean()
+    return to_token + beta * to_codeword
+
+
+def usage_loss(z: Tensor, codebook: Tensor, temperature: float = 0.05) -> Tensor:
+    """mean entropy of each token's soft assignment - entropy of the mean assignment, in nats; in [-log K, 0].
+
+    Soft assignment: softmax_k( -||z - c_k||^2 / temperature ). Low when every token is sure of its codeword and all
+    codewords are wanted equally. z (N,D), codebook (K,D), temperature in squared distance (unit-length codewords: 0 to 4).
+    """
+    distance = z.square().sum(1, keepdim=True) - 2 * z @ codebook.T + codebook.square().sum(1)  # (N,K)
+    log_p = F.log_softmax(-distance / temperature, dim=1)
+    p = log_p.exp()
+    mean_p = p.mean(0)
+    each = -(p * log_p).sum(1).mean()
+    together = -(mean_p * mean_p.clamp_min(1e-12).log()).sum()
+    return each - together
+
+
+def usage(indices: Tensor, codebook_size: int) -> Usage:
+    """Utilization and perplexity of any number of indices. Both are bounded by the number of tokens: state it."""
+    counts = torch.bincount(indices.reshape(-1), minlength=codebook_size).double()
+    if counts.sum() == 0:
+        return Usage(0.0, 0.0)
+    p = counts / counts.sum()
+    entropy = -torch.special.xlogy(p, p).sum()
+    return Usage((counts > 0).double().mean().item(), entropy.exp().item())
+
+
+class VectorQuantizer(nn.Module):
+    """K codewords of D channels: `codebook` = unit-length rows of Linear(frozen table)."""
+
+    def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, usage_weight: float = 0.1, usage_tokens: int = 2048):
+        super().__init__()
+        self.codebook_size, self.beta, self.usage_weight, self.usage_tokens = codebook_size, beta, usage_weight, usage_tokens
+        # A buffer, not a parameter: saved and moved with the model, never touched by the optimizer.
+        self.register_buffer("table", torch.randn(codebook_size, dim) * dim**-0.5)
+        self.linear = nn.Linear(dim, dim, bias=False)
+        nn.init.orthogonal_(self.linear.weight)  # a rotation: it starts by keeping the table's distances
+
+    @property
+    def codebook(self) -> Tensor:
+        """(K,D), float32, each row of unit length."""
+        with torch.autocast(self.table.device.type, enabled=False):
+            return F.normalize(self.linear(self.table), dim=1)
+
+    def indices_to_codes(self, indices: Tensor, codebook: Tensor | None = None) -> Tensor:
+        """(B,h,w) -> (B,D,h,w): the inverse of quantization. Pass a codebook to save computing it again."""
+        codebook = self.codebook if codebook is None else codebook
+        return F.embedding(indices, codebook).permute(0, 3, 1, 2)
+
+    def forward(self, z: Tensor) -> Quantized:
+        B, D, h, w = z.shape
+        codebook = self.codebook  # (K,D)
+        tokens = z.permute(0, 2, 3, 1).float()  # (B,h,w,D)
+        indices = nearest(tokens, codebook)  # (B,h,w)
+        codes = F.embedding(indices, codebook)  # (B,h,w,D)
+        with torch.autocast(z.device.type, enabled=False):
+            loss = codebook_loss(tokens, codes, self.beta)
+            if self.usage_weight:
+                flat = tokens.reshape(B * h * w, D)
+                # The term needs a (tokens, K) table with its gradient; an even sample of the batch says as much.
+                flat = flat[:: max(1, -(-len(flat) // self.usage_tokens))]
+                loss = loss + self.usage_weight * usage_loss(flat, codebook)
+        return Quantized(straight_through(z, codes.permute(0, 3, 1, 2)), indices, loss)
