@@ -27,7 +27,6 @@ import torch
 import data
 from data import BadInput, Case
 from model import VQSeg
-from vq import Usage, usage
 
 METRICS = ["dice", "jaccard", "hd95", "asd"]
 
@@ -184,18 +183,6 @@ def load(run: Path, device: torch.device) -> tuple[VQSeg, dict]:
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0]}); train again") from None
     return model.eval(), saved
-
-
-@torch.no_grad()
-def codebook_usage(model: VQSeg, slices: list[data.Slices], device: torch.device, amp: bool = False) -> Usage:
-    """Utilization and perplexity over the central crops of all these slices, without augmentation."""
-    found = []
-    for some in slices:
-        for numbers in torch.arange(len(some)).split(16):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                z = model.encoder(data.crop_center(some.batch(numbers, device)[0])).z
-            found.append(model.quantizer(z).indices.flatten())
-    return usage(torch.cat(found), model.quantizer.codebook_size)
 
 
 def draw(model: VQSeg, cases: list[Case], device: torch.device, amp: bool, path: Path, columns: int = 6) -> None:

@@ -33,7 +33,7 @@ import evaluate
 import losses
 from data import BadInput, Slices
 from model import StandInFM, VQSeg, ema_update
-from vq import usage
+from vq import Usage, usage
 
 
 def option(default, help: str, choices: list[str] | None = None):
@@ -72,7 +72,7 @@ class Settings:
     threshold: float = option(0.0, "pseudo-label pixels less sure than this are left out; 0 is Eq. 9")
     ramp: float = option(0.1, "share of the budget over which lambda_u rises from 0")
     # optimizer and network
-    lr: float = option(1e-3, "AdamW, falls as (1 - progress)^0.9; the paper's SGD at 1e-4 starts from pretrained weights")
+    lr: float = option(3e-3, "AdamW (4 supervised minutes on ACDC: 0.73 validation Dice at 1e-3, 0.76 at 3e-3), falls as (1 - progress)^0.9; the paper's SGD at 1e-4 starts from pretrained weights")
     weight_decay: float = option(0.01, "AdamW")
     width: int = option(24, "channels of the first level of the network")
     dim: int = option(32, "channels of a token")
@@ -208,13 +208,25 @@ def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cas
     result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": steps, "minutes": round(minutes, 2), "fm": s.fm}
     print(f"\n{run}: teacher of step {saved['step']} of {steps}, best on validation; {minutes:.1f} minutes; foundation model: {s.fm}")
     if not s.supervised:
-        used = evaluate.codebook_usage(model, [labelled, unlabelled], device, amp)
+        used = codebook_usage(model, [labelled, unlabelled], device, amp)
         result |= {"utilization": used.utilization, "perplexity": used.perplexity}
         print(f"codebook over all training slices: {used.utilization:.1%} of {s.codebook_size} in use, perplexity {used.perplexity:.0f}")
     print(evaluate.table(rows))
     evaluate.draw(model, val_cases, device, amp, run / "predictions.png")
     (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {run}/val.csv, predictions.png, result.json, log.jsonl, best.pt, last.pt")
+
+
+@torch.no_grad()
+def codebook_usage(model: VQSeg, slices: list[Slices], device: torch.device, amp: bool = False) -> Usage:
+    """Utilization and perplexity over the central crops of all these slices, without augmentation."""
+    found = []
+    for some in slices:
+        for numbers in torch.arange(len(some)).split(16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                z = model.encoder(data.crop_center(some.batch(numbers, device)[0])).z
+            found.append(model.quantizer(z).indices.flatten())
+    return usage(torch.cat(found), model.quantizer.codebook_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +248,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is in the silicon. Where it is emulated it is slower than float32, fifty times on one CPU we tried."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent from older PyTorch: float32 then
+    return device.type == "cpu" and bool(capabilities.get("amx_bf16", False))
 
 
 def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Generator, torch.Generator]:

@@ -8,11 +8,10 @@ The paper does not say:
   - how the codebook gets a gradient. Straight-through gives it none, so we add the two usual VQ terms: the codebook
     loss (codewords go to the tokens) and the commitment loss with beta = 0.25 (tokens go to their codewords).
   - how a quantizer trained from scratch stays alive. Here it does not by itself: see `usage_loss`. The authors'
-    release has a term of this kind too, though their paper has none.
+    release has a term of this kind too, though their paper has none. Its size here, 0.1 at temperature 0.05, is a start
+    taken from an earlier prototype and not yet swept.
   - the length of a codeword. Ours have unit length, and the model makes its tokens unit length, so that the distances of
     Eq. 2 and Eq. 4 lie in [0, 2] whatever the network does, and one temperature suits a whole run.
-
-Run `python vq.py` to see what the quantizer does to a cloud of points.
 """
 
 from typing import NamedTuple

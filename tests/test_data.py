@@ -1,0 +1,239 @@
+"""Data: the field's split, files read rightly or refused in one line, the grid and back, and views of one geometry."""
+
+import gzip
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import BadInput, Slices
+
+ACDC = Path(os.environ.get("ACDC_ROOT", Path(__file__).parents[2] / "shared" / "acdc"))
+CPU = torch.device("cpu")
+
+
+def write(path: Path, array: np.ndarray, zooms=(1.5, 1.4, 8.0)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([*zooms, 1.0])), path)
+    return path
+
+
+# --- the split
+
+
+def test_split_is_70_10_20_and_no_patient_is_in_two_parts():
+    for split, sizes in ((data.ACDC_SPLIT, (70, 10, 20)), (data.PHANTOM_SPLIT, (14, 4, 4))):
+        parts = [split["train"], split["val"], split["test"]]
+        assert tuple(map(len, parts)) == sizes
+        assert len(set(sum(parts, []))) == sum(sizes)
+    assert sorted(sum(data.ACDC_SPLIT.values(), [])) == [f"{i:03d}" for i in range(1, 101)]
+
+
+def test_labelled_patients_are_the_prefix_that_the_field_uses():
+    assert data.ACDC_SPLIT["train"][:7] == ["099", "038", "050", "100", "058", "021", "049"]
+
+
+@pytest.mark.skipif(not ACDC.is_dir(), reason=f"no real ACDC at {ACDC}")
+@pytest.mark.parametrize("labeled, slices", [(3, 68), (7, 136)])
+def test_real_acdc_has_the_slice_counts_of_the_field(labeled, slices):
+    labelled, unlabelled = data.training_cases(ACDC, data.ACDC_SPLIT, labeled)
+    count = [sum(nib.load(c.image).shape[2] for c in cases) for cases in (labelled, unlabelled)]
+    assert count == [slices, 1312 - slices] and len(unlabelled) == 2 * (70 - labeled)
+
+
+def test_all_patients_labelled_leaves_their_images_as_the_unlabelled_ones(phantom_copy):
+    labelled, unlabelled = data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 5)
+    assert [c.name for c in labelled] == [c.name for c in unlabelled]
+    assert all(c.mask for c in labelled) and not any(c.mask for c in unlabelled)
+
+
+# --- finding and reading
+
+
+def test_frames_are_found_in_the_original_nested_layout_with_its_other_files(tmp_path):
+    folder = tmp_path / "database" / "training" / "patient090"
+    for frame in ("04", "11"):
+        write(folder / f"patient090_frame{frame}.nii.gz", np.ones((6, 5, 2), np.int16))
+        write(folder / f"patient090_frame{frame}_gt.nii.gz", np.ones((6, 5, 2), np.uint8))
+    write(folder / "patient090_4d.nii.gz", np.ones((6, 5, 2, 3), np.int16))
+    (folder / "Info.cfg").write_text("ED: 4\nES: 11\n")
+    cases = data.find_cases(tmp_path, ["090"], need_masks=True)
+    assert [c.name for c in cases] == ["patient090_frame04", "patient090_frame11"]
+    assert [c.mask.name for c in cases] == ["patient090_frame04_gt.nii.gz", "patient090_frame11_gt.nii.gz"]
+
+
+def test_volume_is_turned_to_z_y_x_and_scaled_to_0_1_over_the_whole_volume(tmp_path):
+    array = np.arange(3 * 4 * 2, dtype=np.int16).reshape(3, 4, 2) - 5  # x, y, z
+    image, spacing = data.read_image(write(tmp_path / "a.nii.gz", array))
+    assert image.shape == (2, 4, 3) and spacing == pytest.approx((8.0, 1.4, 1.5))
+    assert image[1, 2, 0] == pytest.approx((array[0, 2, 1] + 5) / 23) and image.min() == 0 and image.max() == 1
+
+
+def test_constant_volume_becomes_zero_and_not_nan(tmp_path):
+    image, _ = data.read_image(write(tmp_path / "a.nii.gz", np.full((4, 4, 2), 7, np.int16)))
+    assert (image == 0).all()
+
+
+def test_unlabelled_cases_need_no_mask_and_never_read_one(phantom_copy):
+    for patient in ("003", "004", "005"):
+        for mask in (phantom_copy / "training" / f"patient{patient}").glob("*_gt.nii.gz"):
+            mask.write_bytes(b"not a mask at all")
+    _, unlabelled = data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 2)
+    images, masks = Slices(unlabelled).batch(torch.arange(5), CPU)
+    assert len(unlabelled) == 6 and not masks.any()
+
+
+def damage(root: Path, how: str) -> Path:
+    """Spoil labelled patient 001 in one way and return the file or folder that the message must name."""
+    folder = root / "training" / "patient001"
+    image = folder / "patient001_frame01.nii.gz"
+    mask = folder / "patient001_frame01_gt.nii.gz"
+    array, labels = np.asarray(nib.load(image).dataobj), np.asarray(nib.load(mask).dataobj).copy()
+    if how == "no image":
+        for frame in folder.glob("*.nii.gz"):
+            frame.unlink()
+        return folder
+    if how == "no mask":
+        mask.unlink()
+        return image
+    if how == "mask of another shape":
+        return write(mask, labels[:-1])
+    if how == "label 7":
+        labels[0, 0, 0] = 7
+        return write(mask, labels)
+    if how == "label not whole":
+        return write(mask, labels.astype(np.float32) + 0.5)
+    if how == "truncated gzip":
+        image.write_bytes(image.read_bytes()[:2000])
+    elif how == "empty file":
+        image.write_bytes(b"")
+    elif how == "not nifti":
+        image.write_bytes(gzip.compress(b"hello" * 200))
+    elif how == "NaN":
+        array = array.astype(np.float32)
+        array[3, 3, 1] = np.nan
+        write(image, array)
+    elif how == "4-D":
+        write(image, np.stack([array, array], -1))
+    return image
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        ("no image", "no patient001_frameXX.nii.gz"), ("no mask", "add the mask"), ("mask of another shape", "must be equal"),
+        ("label 7", "label value 7 is not one of 0 to 3"), ("label not whole", "label value 0.5"),
+        ("truncated gzip", "cannot be read as NIfTI"),
+        ("empty file", "cannot be read as NIfTI"), ("not nifti", "cannot be read as NIfTI"), ("NaN", "NaN or infinite"),
+        ("4-D", "one 3-D volume"),
+    ],
+)  # fmt: skip
+def test_bad_file_is_refused_in_one_line_that_names_it(phantom_copy, how, says):
+    guilty = damage(phantom_copy, how)
+    with pytest.raises(BadInput) as error:
+        Slices(data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 2)[0])
+    message = str(error.value)
+    assert str(guilty) in message and says in message and "\n" not in message
+
+
+def test_missing_root_and_missing_patients_are_named(tmp_path, phantom_copy):
+    with pytest.raises(BadInput, match="no such folder"):
+        data.find_cases(tmp_path / "nowhere", ["001"], True)
+    with pytest.raises(BadInput, match="patients 008 009 of this split are missing"):
+        data.find_cases(phantom_copy, ["007", "008", "009"], True)
+
+
+@pytest.mark.parametrize("labeled", [0, -3, 6, 71])
+def test_labeled_outside_of_the_training_list_is_refused(phantom_copy, labeled):
+    with pytest.raises(BadInput, match=f"--labeled {labeled}: must lie in 1 to 5"):
+        data.training_cases(phantom_copy, data.PHANTOM_SPLIT, labeled)
+
+
+# --- the grid
+
+
+@pytest.mark.parametrize("H, W", [(154, 224), (256, 216), (512, 428), (192, 192), (6, 9)])
+def test_mask_survives_the_way_to_the_grid_and_back(H, W):
+    y, x = np.mgrid[:H, :W]
+    mask = torch.from_numpy(((y / H - 0.45) ** 2 + (x / W - 0.5) ** 2 < 0.04).astype(np.uint8))[None]
+    onehot = torch.nn.functional.one_hot(data.to_grid(mask).long(), 2).permute(0, 3, 1, 2).float()
+    back = data.from_grid(onehot, (H, W)).argmax(1).bool()
+    assert back.shape == (1, H, W)
+    assert 2 * (back & mask.bool()).sum() / (back.sum() + mask.sum()) > 0.97
+
+
+def test_grid_keeps_the_aspect_ratio_and_centers():
+    square = data.to_grid(torch.ones(1, 100, 50), grid=40)[0]
+    assert torch.allclose(square[:, 10:30], torch.ones(40, 20)) and square[:, :10].sum() + square[:, 30:].sum() == 0
+
+
+def test_outside_of_the_crop_is_background():
+    logits = data.uncrop(torch.randn(2, 3, 8, 8) + torch.tensor([0.0, 5.0, 0.0])[:, None, None], grid=12)
+    labels = logits.argmax(1)
+    assert torch.equal(data.crop_center(labels, 8), torch.ones(2, 8, 8).long()) and labels.sum() == 2 * 64
+
+
+def test_cache_bounds_memory_and_changes_no_value(phantom_copy):
+    cases = data.find_cases(phantom_copy, data.PHANTOM_SPLIT["train"], True)
+    roomy, tight = Slices(cases), Slices(cases, cache_bytes=3 * 2**20)
+    numbers = torch.tensor([0, len(roomy) - 1, 20, 3, 40])
+    assert all(torch.equal(a, b) for a, b in zip(roomy.batch(numbers, CPU), tight.batch(numbers, CPU)))
+    held = sum(t.nbytes for pair in tight.cache.values() for t in pair)
+    assert held == tight.cached_bytes <= 3 * 2**20 < roomy.cached_bytes
+
+
+# --- the views
+
+
+def test_weak_view_moves_image_and_mask_alike():
+    y, x = torch.meshgrid(torch.arange(192), torch.arange(192), indexing="ij")
+    mask = (((y - 90) ** 2 + (x - 100) ** 2) < 30**2).to(torch.uint8).expand(6, -1, -1)
+    view, labels = data.weak_view(mask[:, None].float(), mask, torch.Generator().manual_seed(0))
+    assert view.shape == (6, 1, 128, 128) and labels.dtype == torch.int64
+    assert ((view[:, 0] > 0.5) != labels.bool()).float().mean() < 0.01 and labels.float().mean() > 0.1
+    assert len({int(m.sum()) for m in labels}) == 6  # each slice is scaled on its own
+
+
+def test_strong_view_changes_intensities_and_not_places():
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disk = 0.2 + 0.5 * (((y - 30) ** 2 + (x - 34) ** 2) < 15**2).float().expand(8, 1, 64, 64)
+    strong = data.strong_view(disk, torch.Generator().manual_seed(0))
+    assert strong.shape == disk.shape and strong.min() >= 0 and strong.max() <= 1
+    inside, outside = disk > 0.5, disk < 0.5
+    for k in range(8):
+        middle = (strong[k][inside[k]].mean() + strong[k][outside[k]].mean()) / 2
+        assert ((strong[k] > middle) == inside[k]).float().mean() > 0.9
+    assert (strong - disk).abs().mean() > 0.03
+
+
+def test_views_are_a_function_of_the_generator_alone():
+    images, masks = torch.rand(3, 1, 192, 192), torch.zeros(3, 192, 192, dtype=torch.uint8)
+
+    def views(seed):
+        g = torch.Generator().manual_seed(seed)
+        weak = data.weak_view(images, masks, g)[0]
+        return weak, data.strong_view(weak, g)
+
+    assert all(torch.equal(a, b) for a, b in zip(views(1), views(1)))
+    assert not any(torch.equal(a, b) for a, b in zip(views(1), views(2)))
+
+
+# --- the phantom
+
+
+def test_phantom_is_the_same_each_time_and_has_two_frames_of_every_class(small_phantom, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PHANTOM_SPLIT", {"train": ["003"], "val": [], "test": []})
+    data.make_phantoms(tmp_path / "again")
+    first, second = (data.find_cases(root, ["003"], True) for root in (small_phantom, tmp_path / "again"))
+    assert len(first) == 2 and [c.name for c in first] == [c.name for c in second]
+    volumes = []
+    for a, b in zip(first, second):
+        assert np.array_equal(data.read_image(a.image)[0], data.read_image(b.image)[0])
+        mask = data.read_mask(a.mask, data.read_image(a.image)[0].shape, 4)
+        assert set(np.unique(mask)) == {0, 1, 2, 3}
+        volumes.append((mask == 3).sum())
+    assert volumes[0] > volumes[1]  # the left ventricle is larger at end-diastole, the first frame

@@ -1,0 +1,223 @@
+"""The loop: Eq. 12 in a real step, gradients where they belong, runs that repeat, honest semi-supervision, clear refusals."""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import evaluate
+import train
+from data import BadInput
+from train import Settings
+
+CPU = torch.device("cpu")
+SMALL = Settings(labeled=2, steps=5, batch=2, width=8, dim=8, codebook_size=32, device="cpu")
+
+
+def one_step(s: Settings, progress: float = 1.0, seed: int = 0):
+    """Networks and the loss of one step on random images, backward done."""
+    student, teacher, fm, _ = train.build(s, CPU)
+    g = torch.Generator().manual_seed(seed)
+    x_l, x_u, x_a = (torch.rand(2, 1, 64, 64, generator=g) for _ in range(3))
+    y_l = torch.randint(0, 4, (2, 64, 64), generator=g)
+    loss, terms = train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, progress, torch.Generator().manual_seed(seed))
+    loss.backward()
+    return student, teacher, loss, terms
+
+
+def run(root: Path, out: Path, **changes) -> dict:
+    train.train(replace(SMALL, root=str(root), out=str(out), **changes))
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def same_weights(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[who][k], b[who][k]) for who in ("student", "teacher") for k in a[who])
+
+
+# --- the method
+
+
+@pytest.mark.parametrize("progress, share", [(1.0, 1.0), (0.05, 0.5), (0.0, 0.0)])
+def test_eq12_is_the_weighted_sum_of_the_printed_terms(progress, share):
+    s = replace(SMALL, lambda_u=0.7, lambda_a=3.0, lambda_rec=2.0, lambda_vq=0.4, ramp=0.1)
+    _, _, loss, t = one_step(s, progress)
+    l_l, l_u = 2.0 * t["rec_l"] + t["seg_l"], 2.0 * t["rec_u"] + t["seg_u"]
+    assert loss.item() == pytest.approx((l_l + 0.7 * share * l_u + 3.0 * t["align"] + 0.4 * t["vq"]).item(), rel=1e-5)
+
+
+def test_every_part_of_the_student_learns_and_the_teacher_does_not():
+    student, teacher, _, _ = one_step(SMALL)
+    assert [n for n, p in student.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("weight, part", [("lambda_rec", "image_decoder"), ("lambda_a", "adapter"), ("lambda_vq", "quantizer")])
+def test_each_part_gets_its_gradient_from_its_own_term_only(weight, part):
+    student, _, _, _ = one_step(replace(SMALL, **{weight: 0.0}))
+    moved = {n.split(".")[0] for n, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert part not in moved and "encoder" in moved and "segmentation_decoder" in moved
+
+
+def test_labelled_loss_alone_when_lambda_u_is_0():
+    s = replace(SMALL, lambda_u=0.0, lambda_a=0.0, lambda_vq=0.0)
+    student, teacher, fm, _ = train.build(s, CPU)
+    x_l, y_l = torch.rand(2, 1, 64, 64), torch.randint(0, 4, (2, 64, 64))
+    gradients = []
+    for _ in range(2):
+        x_u, x_a = torch.rand(2, 1, 64, 64), torch.rand(2, 1, 64, 64)
+        student.zero_grad()
+        train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, 1.0, torch.Generator().manual_seed(0))[0].backward()
+        gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
+
+
+def test_pseudo_label_is_the_teachers_and_of_the_weak_view():
+    student, teacher, fm, _ = train.build(SMALL, CPU)
+    x_l, y_l, x_u, x_a = torch.rand(2, 1, 64, 64), torch.zeros(2, 64, 64).long(), torch.rand(2, 1, 64, 64), torch.rand(2, 1, 64, 64)
+
+    def seg_u(net, weak):
+        return train.vqseg_loss(SMALL, student, net, fm, x_l, y_l, weak, x_a, 1.0, torch.Generator().manual_seed(0))[1]["seg_u"].item()
+
+    class Says(torch.nn.Module):
+        def forward(self, x):  # class 1 where the weak view is bright, else class 0
+            return torch.cat([0.5 - x, x - 0.5, torch.full_like(x, -9), torch.full_like(x, -9)], 1)
+
+    assert seg_u(Says(), x_u) != pytest.approx(seg_u(teacher, x_u)) and seg_u(Says(), x_u) != pytest.approx(seg_u(Says(), 1 - x_u))
+
+
+def test_supervised_baseline_is_l_seg_on_the_network_without_quantizer():
+    s = replace(SMALL, supervised=True)
+    student, _, _, _ = train.build(s, CPU)
+    loss, terms = train.supervised_loss(s, student, torch.rand(2, 1, 64, 64), torch.randint(0, 4, (2, 64, 64)))
+    loss.backward()
+    moved = {n.split(".")[0] for n, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == {"encoder", "segmentation_decoder"} and set(terms) == {"loss", "seg_l"}
+
+
+# --- runs
+
+
+def test_a_short_run_writes_its_record_and_evaluate_reads_it(phantom_copy, tmp_path, capsys):
+    out = tmp_path / "run"
+    last = run(phantom_copy, out)
+    written = {p.name for p in out.iterdir()}
+    assert written == {"record.json", "log.jsonl", "best.pt", "last.pt", "val.csv", "predictions.png", "result.json"}
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = next(line for line in lines if "loss" in line)
+    assert {"seg_l", "rec_l", "seg_u", "rec_u", "align", "vq", "kept", "utilization", "perplexity", "steps_per_s"} <= set(losses)
+    assert last["step"] == 5 and max(line.get("val_dice", 0) for line in lines) == pytest.approx(last["best"], abs=1e-5)
+    rows = evaluate.evaluate(evaluate.load(out, CPU)[0], data.find_cases(phantom_copy, ["006"], True), data.CLASSES, CPU)
+    assert evaluate.mean_dice(rows) == pytest.approx(json.loads((out / "result.json").read_text())["val_dice"], abs=1e-6)
+    assert "empty predictions" in capsys.readouterr().out
+
+
+def test_same_seed_same_weights_to_the_bit_and_another_seed_others(phantom_copy, tmp_path):
+    first, second = run(phantom_copy, tmp_path / "a", steps=3), run(phantom_copy, tmp_path / "b", steps=3)
+    other = run(phantom_copy, tmp_path / "c", steps=3, seed=1)
+    assert same_weights(first, second) and not same_weights(first, other)
+
+
+def test_masks_of_unlabelled_patients_are_never_used(phantom_copy, tmp_path):
+    with_masks = run(phantom_copy, tmp_path / "a")
+    for patient in ("003", "004", "005"):
+        for mask in (phantom_copy / "training" / f"patient{patient}").glob("*_gt.nii.gz"):
+            mask.unlink()
+    assert same_weights(with_masks, run(phantom_copy, tmp_path / "b"))
+
+
+def test_training_does_not_ask_for_test_patients_and_evaluate_names_them(phantom_copy, tmp_path, monkeypatch, capsys):
+    for file in (phantom_copy / "training" / "patient007").iterdir():
+        file.unlink()
+    (phantom_copy / "training" / "patient007").rmdir()
+    run(phantom_copy, tmp_path / "a", steps=1, supervised=True)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "a"), "--split", "test"])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2 and "patients 007 of this split are missing" in capsys.readouterr().err
+
+
+def test_non_finite_loss_stops_loudly_with_its_terms(phantom_copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.losses, "reconstruction_loss", lambda x_hat, x: x_hat.sum() * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 0: the loss is not finite.*rec_l=nan"):
+        run(phantom_copy, tmp_path / "a")
+    assert not (tmp_path / "a" / "last.pt").exists()
+
+
+def test_randomness_of_a_step_is_a_function_of_seed_and_step():
+    draw = lambda seed, step: torch.cat([torch.rand(3, generator=g) for g in train.generators(CPU, seed, step)])  # noqa: E731
+    assert torch.equal(draw(1, 2), draw(1, 2))
+    assert not torch.equal(draw(1, 2), draw(2, 1)) and not torch.equal(draw(1, 2)[:3], draw(1, 2)[3:])
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--eps", "1.5"], "--eps 1.5: must lie in 0 to 1"), (["--eps", "nan"], "--eps nan"),
+        (["--labeled", "0"], "--labeled 0: must lie in 1 to 14"),
+        (["--labeled", "71", "--data", "acdc", "--root", "{tmp}"], "--labeled 71: must lie in 1 to 70"),
+        (["--data", "acdc"], "--data acdc needs --root"), (["--data", "acdc", "--root", "/no/such"], "/no/such: no such folder"),
+        (["--temperature", "0"], "--temperature 0.0: must be above 0"), (["--width", "20"], "--width 20: must be a multiple of 8"),
+        (["--minutes", "1", "--steps", "5"], "give one of them"), (["--device", "cuda:77"], "--device cuda:77"),
+        (["--batch", "0"], "--batch 0: must lie in 1"), (["--codebook-size", "1"], "--codebook-size 1: must lie in 2"),
+    ],
+)  # fmt: skip
+def test_bad_flag_is_one_line_and_status_2_and_nothing_is_written(flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "make_phantoms", lambda root: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "run", *(f.format(tmp=tmp_path) for f in flags)])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and says in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_written_over(phantom_copy, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "record.json").write_text("{}")
+    with pytest.raises(BadInput, match="holds a run already"):
+        run(phantom_copy, out)
+    assert [p.name for p in out.iterdir()] == ["record.json"]
+
+
+def test_unknown_flag_and_unknown_choice_end_with_status_2():
+    for flags in (["--epsilon", "1"], ["--perturb", "noise"]):
+        with pytest.raises(SystemExit) as stop:
+            train.read_settings(flags)
+        assert stop.value.code == 2
+
+
+def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    train.save(tmp_path / "last.pt", {"step": 1})
+    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half") and (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        train.save(tmp_path / "last.pt", {"step": 2})
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "last.pt", weights_only=True) == {"step": 1}
+
+
+def test_house_rules_of_imports():
+    """vq, qpm, losses and data stand on the ground; model on vq and qpm; evaluate on model and data."""
+    root, ours = Path(train.__file__).parent, {"vq", "qpm", "losses", "data", "model", "evaluate", "train"}
+    allowed = {"vq": set(), "qpm": set(), "losses": set(), "data": set(), "model": {"vq", "qpm"}, "evaluate": {"model", "data"}}
+    for name, may in allowed.items():
+        code = f"import sys, {name}; print(*(m for m in {ours!r} if m in sys.modules))"
+        loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.split()
+        assert set(loaded) <= may | {name} | (allowed["model"] if "model" in may else set())
+
+
+def test_settings_are_documented_and_survive_the_command_line():
+    assert all(f.metadata["help"] for f in train.fields(Settings))
+    given = train.read_settings(["--data", "phantom", "--lambda-u", "2.5", "--supervised", "--steps", "7"])
+    expected = copy.copy(Settings(lambda_u=2.5, supervised=True, steps=7, labeled=3))
+    assert given == expected
