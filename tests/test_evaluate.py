@@ -1,0 +1,58 @@
+"""Metrics against brute force, the pooled and one-directional definitions, and the empty-mask rule."""
+
+import math
+
+import numpy as np
+import pytest
+
+import evaluate as ev
+
+
+def brute_surface(mask):
+    points = []
+    for v in np.argwhere(mask):
+        for step in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)):
+            n = v + step
+            if (n < 0).any() or (n >= mask.shape).any() or not mask[tuple(n)]:
+                points.append(v)
+                break
+    return np.array(points)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_metrics_equal_brute_force(seed):
+    rng, spacing = np.random.default_rng(seed), [(1, 1, 1), (8.0, 1.5, 1.2)][seed % 2]
+    p, t = rng.random((4, 7, 6)) < 0.6, rng.random((4, 7, 6)) < 0.6
+    a, b = brute_surface(p) * spacing, brute_surface(t) * spacing
+    there, back = [min(math.dist(u, v) for v in b) for u in a], [min(math.dist(u, v) for v in a) for u in b]
+    assert ev.hd95(p, t, spacing) == pytest.approx(np.percentile(there + back, 95))
+    assert ev.asd(p, t, spacing) == pytest.approx(np.mean(there))
+    both = (p & t).sum()
+    assert ev.dice(p, t) == 2 * both / (p.sum() + t.sum()) and ev.jaccard(p, t) == both / (p | t).sum()
+
+
+def test_hd95_pools_both_directions_and_asd_looks_one_way():
+    p, t = np.zeros((1, 1, 60), bool), np.zeros((1, 1, 60), bool)
+    p[..., :10], t[..., :30] = True, True  # prediction lies in the truth: forward all 0, back 0 (10 times) then 1 to 20
+    pooled = [0] * 20 + list(range(1, 21))
+    assert ev.hd95(p, t) == pytest.approx(np.percentile(pooled, 95)) and np.percentile(pooled, 95) < np.percentile(pooled[10:], 95)
+    assert ev.asd(p, t) == 0 and ev.asd(t, p) == pytest.approx(sum(range(1, 21)) / 30)
+
+
+def test_empty_masks_follow_the_one_rule():
+    truth = np.zeros((2, 4, 5), int)
+    truth[0, 1, 1], truth[1, 2, 2] = 1, 2
+    prediction = np.where(truth == 2, 0, truth)
+    prediction[0, 0, 0] = 3
+    one, missed, invented = ev.score("a", prediction, truth, ["bg", "one", "two", "three"])
+    diagonal = math.sqrt(1 + 9 + 16)
+    assert (one.dice, one.jaccard, one.hd95, one.asd, one.empty) == (1, 1, 0, 0, False)
+    assert missed[2:] == (0, 0, diagonal, diagonal, True) and invented[2:] == (0, 0, diagonal, diagonal, False)
+    nothing = ev.score("a", np.zeros_like(truth), np.zeros_like(truth), ["bg", "one"])[0]
+    assert all(math.isnan(v) for v in nothing[2:6]) and not nothing.empty
+
+
+def test_mean_is_over_volumes_then_classes_and_leaves_out_what_is_nowhere():
+    row = lambda case, label, d: ev.Row(case, label, d, 0, 0, 0, False)  # noqa: E731
+    rows = [row("a", "x", 1.0), row("b", "x", 0.0), row("a", "y", 1.0), row("b", "y", float("nan"))]
+    assert ev.mean_dice(rows) == 0.75 and "0 of 4" in ev.table(rows)

@@ -1,0 +1,141 @@
+"""QPM against brute force, closed forms and frequencies: Eq. 1 and 3 to 6, Appendix A and B, Figure 3."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import qpm
+
+
+def table(K: int, D: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(K, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def brute_force_pi(codebook: np.ndarray, eps: float, T: float) -> np.ndarray:
+    K = len(codebook)
+    pi = np.zeros((K, K))
+    for i in range(K):
+        weight = [0.0 if j == i else math.exp(-math.dist(codebook[i], codebook[j]) / T) for j in range(K)]
+        for j in range(K):
+            pi[i, j] = 1 - eps if j == i else eps * weight[j] / sum(weight)
+    return pi
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_eq1_is_the_gaussian_kl_by_numerical_integration(p, inverted):
+    x, variance = np.linspace(-12, 12, 200001), 1 / (1 - p) if inverted else 1 - p
+    P = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    log_ratio = (-x * x / 2) - (-x * x / (2 * variance) - 0.5 * math.log(variance))
+    assert qpm.dropout_kl(p, inverted).item() == pytest.approx((P * log_ratio).sum() * (x[1] - x[0]), abs=1e-6)
+
+
+def test_eq1_variances_are_those_of_dropout():
+    h = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    scaled = qpm.dropout(h, 0.3, torch.Generator().manual_seed(1))
+    assert scaled.var().item() == pytest.approx(1 / 0.7, rel=0.02) and (scaled * 0.7).var().item() == pytest.approx(0.7, rel=0.02)
+    assert (scaled == 0).float().mean().item() == pytest.approx(0.3, abs=0.004)
+
+
+@pytest.mark.parametrize("eps, T", [(0.0, 1.0), (0.3, 0.2), (0.7, 1.0), (1.0, 3.0)])
+@pytest.mark.parametrize("K, D", [(2, 3), (7, 2), (20, 8)])
+def test_eq3_to_eq6_equal_brute_force(K, D, eps, T):
+    c = table(K, D)
+    expected = brute_force_pi(c.numpy(), eps, T)
+    pi, P = qpm.transition_matrix(c, eps, T), qpm.uniform_prior(K)
+    assert np.allclose(pi.numpy(), expected, atol=1e-6)
+    assert np.allclose(P.numpy(), [1 / K] * K)
+    Q = qpm.perturbed_marginal(P, pi)
+    by_hand = np.array([sum(expected[i, j] / K for i in range(K)) for j in range(K)])
+    assert np.allclose(Q.numpy(), by_hand, atol=1e-6) and Q.sum().item() == pytest.approx(1)
+    assert qpm.qpm_kl(P, Q).item() == pytest.approx(-sum(math.log(K * q) for q in by_hand) / K, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eq4_rows_sum_to_one_and_prefer_the_nearest(seed):
+    c = table(12, 3, seed)
+    pi = qpm.transition_matrix(c, 0.6)
+    assert torch.allclose(pi.sum(1), torch.ones(12, dtype=torch.float64)) and torch.allclose(pi.diag(), torch.full((12,), 0.4).double())
+    away = torch.cdist(c, c).fill_diagonal_(math.inf)
+    assert torch.equal(pi.clone().fill_diagonal_(0).argmax(1), away.argmin(1))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(qpm.transition_matrix(c[order], 0.6), pi[order][:, order])
+
+
+def test_eq4_temperature_goes_from_nearest_neighbor_to_uniform():
+    c = table(9, 4)
+    away = torch.cdist(c, c).fill_diagonal_(math.inf)
+    nearest = torch.nn.functional.one_hot(away.argmin(1), 9).double()
+    assert torch.allclose(qpm.transition_matrix(c, 1.0, 1e-6), nearest)
+    assert torch.allclose(qpm.transition_matrix(c, 1.0, math.inf), (1 - torch.eye(9).double()) / 8)
+    everyone = torch.arange(9)
+    assert torch.allclose(qpm.effective_neighbors(everyone, c, 1e-6), torch.ones(9).double())
+    assert torch.allclose(qpm.effective_neighbors(everyone, c, math.inf), torch.full((9,), 8.0).double())
+
+
+def test_figure_3_numbers():
+    row = qpm.transition_matrix(qpm.figure_3_codebook(), 0.7)[0].tolist()
+    assert row[:2] == pytest.approx([0.30, 0.49]) and sum(row[2:]) == pytest.approx(0.21)
+
+
+def test_eq6_is_zero_at_eps_0_and_for_a_simplex_and_grows_with_eps():
+    P = qpm.uniform_prior(6)
+    values = [qpm.qpm_kl(P, qpm.perturbed_marginal(P, qpm.transition_matrix(table(6, 2), e))).item() for e in (0, 0.3, 0.6, 1.0)]
+    assert values[0] == pytest.approx(0, abs=1e-12) and values == sorted(values) and values[-1] > 1e-3
+    simplex = qpm.perturbed_marginal(P, qpm.transition_matrix(torch.eye(6).double(), 0.9))
+    assert qpm.qpm_kl(P, simplex).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("eps", [0.2, 0.7, 1.0])
+def test_appendix_b_bounds_hold(seed, eps):
+    K = 10
+    c = table(K, 1 + seed, seed)
+    d = [math.dist(c[i], c[j]) for i in range(K) for j in range(K) if i != j]
+    low, P = math.exp(-(max(d) - min(d))), qpm.uniform_prior(K)
+    Q = qpm.perturbed_marginal(P, qpm.transition_matrix(c, eps))
+    bound = qpm.qpm_kl_bound(c, eps).item()
+    assert bound == pytest.approx(-math.log(1 - eps + eps * low), rel=1e-6)
+    assert (Q >= (1 - eps + eps * low) / K - 1e-12).all() and 0 <= qpm.qpm_kl(P, Q).item() <= bound
+    if eps == 1.0:
+        assert bound == pytest.approx(max(d) - min(d), rel=1e-6) and (Q <= min(1, 1 / low / K) + 1e-12).all()
+
+
+def test_eq4_a_million_draws_pass_chi_square():
+    K, n, c = 6, 1_000_000, table(6, 2).float()
+    drawn = qpm.perturb(torch.full((n,), 2), c, 0.7, 0.5, torch.Generator().manual_seed(0))
+    expected = n * brute_force_pi(c.double().numpy(), 0.7, 0.5)[2]
+    chi2 = ((torch.bincount(drawn, minlength=K).numpy() - expected) ** 2 / expected).sum()
+    assert chi2 < 20.5  # 5 degrees of freedom: exceeded once in 1000
+
+
+def test_perturb_identity_at_eps_0_never_itself_at_eps_1_and_its_share_between():
+    c, i = table(32, 4).float(), torch.randint(0, 32, (4, 100, 50), generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(1)
+    assert torch.equal(qpm.perturb(i, c, 0.0, 1.0, g), i)
+    assert not (qpm.perturb(i, c, 1.0, 1.0, g) == i).any()
+    share = (qpm.perturb(i, c, 0.7, 1.0, g) != i).float().mean().item()
+    assert abs(share - 0.7) < 4 * math.sqrt(0.7 * 0.3 / i.numel())
+
+
+def test_perturb_needs_no_k_by_k_table_and_leaves_the_global_generator_alone(monkeypatch):
+    sizes, original = [], qpm.transition_rows
+    monkeypatch.setattr(qpm, "transition_rows", lambda *a: sizes.append((out := original(*a)).numel()) or out)
+    state = torch.get_rng_state()
+    qpm.perturb(torch.arange(1500), table(16384, 4).float(), 0.7, 1.0, torch.Generator().manual_seed(0))
+    assert sum(sizes) == 1500 * 16384 and max(sizes) <= 2**24 and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("eps, T, K", [(1.5, 1, 4), (-0.1, 1, 4), (0.5, 0, 4), (0.5, 1, 1)])
+def test_values_out_of_range_are_refused(eps, T, K):
+    with pytest.raises(ValueError):
+        qpm.perturb(torch.zeros(3).long(), table(K, 2), eps, T)
+
+
+def test_shuffle_keeps_each_images_histogram_and_moves_eps_of_the_places():
+    i = torch.arange(200).reshape(2, 10, 10)
+    out = qpm.shuffle(i, 0.4, torch.Generator().manual_seed(0))
+    assert torch.equal(out.flatten(1).sort(1).values, i.flatten(1))
+    assert all(30 <= int(n) <= 40 for n in (out != i).flatten(1).sum(1)) and torch.equal(qpm.shuffle(i, 0.0), i)
