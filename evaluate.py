@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import data
-from data import BadInput, Case
-from model import VQSeg
+from data import BadInput, Case, Slices
+from model import VQSeg, load_teacher
 
 METRICS = ["dice", "jaccard", "hd95", "asd"]
 
@@ -166,47 +167,57 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 # Runs
 
 
-def build_model(settings: dict) -> VQSeg:
-    """The network that a run's settings describe."""
-    return VQSeg(len(data.CLASSES), settings["codebook_size"], settings["dim"], settings["width"], not settings["supervised"])
-
-
 def load(run: Path, device: torch.device) -> tuple[VQSeg, dict]:
     """The teacher that was best on validation, and the checkpoint it comes from."""
     path = run / "best.pt"
     if not path.exists():
         raise BadInput(f"{path}: no such file; give a run folder that train.py has finished")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        model = build_model(saved["settings"]).to(device)
-        model.load_state_dict(saved["teacher"])
+        return load_teacher(path, device)
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0]}); train again") from None
-    return model.eval(), saved
 
 
-def draw(model: VQSeg, cases: list[Case], device: torch.device, amp: bool, path: Path, columns: int = 6) -> None:
-    """A middle slice of some cases: image, expert's mask, prediction."""
+@torch.no_grad()
+def codeword_counts(model: VQSeg, sets: list[Slices], device: torch.device) -> Tensor:
+    """How often each codeword occurs in the central crops of all these slices, without augmentation: (K,) int64."""
+    K = model.quantizer.codebook_size
+    counts = torch.zeros(K, dtype=torch.int64)
+    for slices in sets:
+        for numbers in torch.arange(len(slices)).split(16):
+            z = model.encoder(data.crop_center(slices.batch(numbers, device)[0])).z
+            counts += torch.bincount(model.quantizer(z).indices.flatten().cpu(), minlength=K)
+    return counts
+
+
+def draw(model: VQSeg, cases: list[Case], rows: list[Row], device: torch.device, path: Path) -> None:
+    """Best, median and worst case by mean Dice of the classes: image, expert's mask, prediction in three slices of each."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
-    some = cases[:: max(1, len(cases) // columns)][:columns]
-    figure, axes = plt.subplots(3, len(some), figsize=(2 * len(some), 6.2), layout="constrained", squeeze=False)
-    for column, case in enumerate(some):
+    dice_of = {case: np.nanmean([r.dice for r in rows if r.case == case.name]) for case in cases}
+    ranked = sorted(cases, key=dice_of.get, reverse=True)
+    figure, axes = plt.subplots(3, 9, figsize=(13.5, 5), layout="constrained")
+    for group, (name, case) in enumerate((("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1]))):
         volume, _ = data.read_image(case.image)
-        k = len(volume) // 2
-        truth, prediction = data.read_mask(case.mask, volume.shape, len(data.CLASSES))[k], predict(model, volume[k : k + 1], device, amp)[0]
-        axes[0, column].set_title(case.name, fontsize=8)
-        for row, (name, mask) in enumerate((("image", None), ("expert", truth), ("prediction", prediction))):
-            axes[row, column].imshow(volume[k], cmap="gray")
-            if mask is not None:
-                shown = np.ma.masked_equal(mask, 0)
-                axes[row, column].imshow(shown, cmap=ListedColormap(data.COLORS), vmin=0, vmax=3, alpha=0.6, interpolation="nearest")
-            axes[row, column].set(xticks=[], yticks=[], ylabel=name if column == 0 else "")
-    figure.savefig(path, dpi=90)
+        truth, prediction = data.read_mask(case.mask, volume.shape, len(data.CLASSES)), predict(model, volume, device)
+        depth, H, W = volume.shape
+        middle = np.s_[H // 6 : H - H // 6, W // 6 : W - W // 6]  # two thirds of the slice: hearts are small
+        axes[0, 3 * group + 1].set_title(f"{name}: {case.name}, Dice {dice_of[case]:.3f}", fontsize=9)
+        for column, k in enumerate((depth // 5, depth // 2, depth - 1 - depth // 5), start=3 * group):
+            for row, (label, mask) in enumerate((("image", None), ("expert", truth), ("prediction", prediction))):
+                axis = axes[row, column]
+                axis.imshow(volume[k][middle], cmap="gray")
+                if mask is not None:
+                    shown = np.ma.masked_equal(mask[k][middle], 0)
+                    axis.imshow(shown, cmap=ListedColormap(data.COLORS), vmin=0, vmax=3, alpha=0.6, interpolation="nearest")
+                axis.set(xticks=[], yticks=[], ylabel=label if column == 0 else "")
+                if row == 2:
+                    axis.set_xlabel(f"slice {k + 1} of {depth}", fontsize=8)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -215,13 +226,15 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--split", default="val", choices=["val", "test"])
     parser.add_argument("--root", default="", help="where the data is now, if not where training found it")
+    parser.add_argument("--figure", type=Path, help="also draw the best, the median and the worst case into this PNG")
     parser.add_argument("--mm", action="store_true", help="distances in mm, by the files' spacing, instead of voxels")
     args = parser.parse_args()
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model, saved = load(args.run, device)
         root, split = data.open_dataset(saved["settings"]["data"], args.root or saved["settings"]["root"])
-        rows = evaluate(model, data.find_cases(root, split[args.split], need_masks=True), data.CLASSES, device, mm=args.mm)
+        cases = data.find_cases(root, split[args.split], need_masks=True)
+        rows = evaluate(model, cases, data.CLASSES, device, mm=args.mm)
     except BadInput as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     for row in rows:
@@ -231,6 +244,9 @@ def main() -> None:
     print(f"mean +- standard deviation over volumes; distances in {'mm' if args.mm else 'voxels'}")
     print(table(rows))
     write_csv(args.run / f"{args.split}.csv", rows)
+    if args.figure:
+        draw(model, cases, rows, device, args.figure)
+        print(f"wrote {args.figure}")
 
 
 if __name__ == "__main__":

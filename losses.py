@@ -8,8 +8,13 @@ The paper does not say:
   - whether weak pseudo-labels are dropped. Eq. 9 keeps all; `threshold` and `keep` leave out pixels of low confidence.
   - how L_rec and L_seg are balanced. Eq. 8 and 9 add them as they are; `rec_weight` = 1 is that.
   - L_seg is cross-entropy alone. `dice_weight` adds the soft Dice loss that the peers on ACDC add to it; 0 is the paper.
+
+Run `python losses.py RUN` to draw the terms over a training run.
 """
 
+import argparse
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -106,3 +111,34 @@ def alignment_loss(f_pfa: Tensor, f_fm: Tensor, tau: float = 0.07) -> Tensor:
 def total_loss(l_db: Tensor, l_align: Tensor, lambda_a: float = 5.0) -> Tensor:
     """Eq. 12: L = L_db + lambda_a * L_align."""
     return l_db + lambda_a * l_align
+
+
+def main() -> None:
+    import matplotlib.pyplot as plt
+
+    parser = argparse.ArgumentParser(description="Draw the terms of Eq. 12 over a training run.")
+    parser.add_argument("run", type=Path, help="run folder of train.py")
+    parser.add_argument("--out", type=Path, default=Path("figures/losses.png"))
+    args = parser.parse_args()
+    if not (args.run / "log.jsonl").exists():
+        parser.exit(2, f"losses.py: {args.run}/log.jsonl: no such file; give the folder of a run of train.py\n")
+    lines = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    panels = [
+        ("segmentation: L_seg", "nats (+ Dice loss)", {"seg_l": "labelled, Eq. 8", "seg_u": "unlabelled, Eq. 9"}),
+        ("reconstruction: L_rec", "mean |error|, image in [0,1]", {"rec_l": "labelled, Eq. 8", "rec_u": "unlabelled, Eq. 9"}),
+        ("alignment: L_align", "nats", {"align": "Eq. 11"}),
+        ("quantizer", "squared distance + usage", {"vq": "codebook, commitment and usage"}),
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.2), layout="constrained")
+    for axis, (title, unit, terms) in zip(axes, panels):
+        for (name, label), color in zip(terms.items(), ("#0072B2", "#D55E00")):
+            axis.plot([line["step"] for line in lines], [line.get(name, float("nan")) for line in lines], color=color, label=label)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.legend(fontsize=8)
+    figure.savefig(args.out, dpi=75)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,8 +16,12 @@ The paper does not say:
 The paper's encoder is DINOv2; the default here is a small convolutional one that trains from scratch on two CPU cores.
 GroupNorm everywhere: it has no running statistics, so the EMA teacher has no buffers to forget, and a batch split over
 several GPUs gives the same result as one.
+
+Run `python model.py RUN` to draw one validation slice on its way through Figure 2.
 """
 
+import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,11 +38,19 @@ class Encoded(NamedTuple):
     skips: list[Tensor]  # shallower maps: (B,c,H/2,W/2), (B,2c,H/4,W/4), (B,4c,H/8,W/8)
 
 
+class GroupNorm(nn.GroupNorm):
+    """In float32 also under autocast, as CUDA does it of itself. On a CPU the bfloat16 one makes a training step 1.3 times as long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def block(inputs: int, outputs: int) -> nn.Sequential:
     """Two 3x3 convolutions, each with GroupNorm and SiLU."""
     layers: list[nn.Module] = []
     for c in (inputs, outputs):
-        layers += [nn.Conv2d(c, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.SiLU(inplace=True)]
+        layers += [nn.Conv2d(c, outputs, 3, padding=1, bias=False), GroupNorm(8, outputs), nn.SiLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -176,3 +188,56 @@ def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
         t.lerp_(s, 1 - alpha)
     for t, s in zip(teacher.buffers(), student.buffers(), strict=True):
         t.copy_(s)
+
+
+def load_teacher(path: Path, device: torch.device) -> tuple[VQSeg, dict]:
+    """The network that a checkpoint of train.py describes, with the teacher's weights, and the checkpoint itself."""
+    saved = torch.load(path, map_location=device, weights_only=True)
+    s = saved["settings"]
+    model = VQSeg(saved["classes"], s["codebook_size"], s["dim"], s["width"], quantize=not s["supervised"]).to(device)
+    model.load_state_dict(saved["teacher"])
+    return model.eval(), saved
+
+
+@torch.no_grad()
+def main() -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
+
+    parser = argparse.ArgumentParser(description="Draw one slice on its way through Figure 2.")
+    parser.add_argument("run", type=Path, help="run folder of train.py, not --supervised")
+    parser.add_argument("--out", type=Path, default=Path("figures/model.png"))
+    args = parser.parse_args()
+    if not (args.run / "codebooks.pt").exists() or not (args.run / "best.pt").exists():
+        parser.exit(2, f"model.py: {args.run}: holds no best.pt and codebooks.pt; give a finished run of train.py without --supervised\n")
+    model, saved = load_teacher(args.run / "best.pt", torch.device("cpu"))
+    x = saved["sample"][None]  # (1,1,H,W)
+    z, skips = model.encoder(x)
+    q = model.quantizer(z)
+    # Codewords that lie near each other get like colors: their position along the codebook's main direction.
+    codebook = model.quantizer.codebook
+    main_direction = torch.linalg.svd(codebook - codebook.mean(0), full_matrices=False).Vh[0]
+    rec, plain = model.image_decoder(q.codes)[0, 0], model.segmentation_decoder(q.codes, skips).argmax(1)[0]
+    token_map = (codebook @ main_direction)[q.indices[0]]  # (h,w)
+    pictures = [("input x", x[0, 0], "gray"), (f"tokens, {q.indices.unique().numel()} codewords", token_map, "viridis"),
+                ("reconstruction", rec, "gray"), ("prediction", plain, None)]
+    generator = torch.Generator().manual_seed(0)
+    for eps in (0.3, 0.7, 1.0):
+        codes = model.perturb(z, q.codes, q.indices, "qpm", eps, saved["settings"]["temperature"], generator)
+        perturbed = model.segmentation_decoder(codes, skips).argmax(1)[0]
+        pictures.append((f"QPM, eps = {eps}: {(perturbed != plain).double().mean():.1%} differ", perturbed, None))
+    figure, axes = plt.subplots(1, len(pictures), figsize=(15, 2.6), layout="constrained")
+    classes = ListedColormap(["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#F0E442"][: saved["classes"]])
+    for axis, (title, picture, colors) in zip(axes, pictures):
+        if colors:
+            axis.imshow(picture, cmap=colors, vmin=0 if colors == "gray" else None, vmax=1 if colors == "gray" else None)
+        else:
+            axis.imshow(picture, cmap=classes, vmin=0, vmax=saved["classes"] - 1, interpolation="nearest")
+        axis.set_title(title, fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(args.out, dpi=75)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

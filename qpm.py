@@ -12,10 +12,17 @@ The paper does not say:
     resampling knows distances. `perturb` is Eq. 4 and the default; `shuffle` is the abstract, to compare.
 The authors' release resamples with the *squared* distance, eps = 0.1 and a Python loop over the distinct codes.
 
-Run `python qpm.py` for Figure 3's example in numbers, and Eq. 1 against Eq. 6 in figures/qpm.png.
+Beyond the paper, which calls eps the single control: eps says how often a token moves, the scale of d how far. Divide d by
+T and the choice narrows from all K-1 codewords (T large) to the nearest one (T small). eps is the single control only where
+T is so large that the distance no longer matters, and there Eq. 4 is uniform replacement. That is where T = 1 stands with
+codewords of unit length in 32 dimensions, trained or not: lower row of the figure.
+
+Run `python qpm.py [RUN]` for Figure 3's example, Eq. 1 against Eq. 6, and that scale, in figures/qpm.png.
 """
 
+import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -141,6 +148,11 @@ def effective_neighbors(indices: Tensor, codebook: Tensor, temperature: float = 
     return (-torch.special.xlogy(p, p).sum(1)).exp()
 
 
+def mean_displacement(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 1.0) -> Tensor:
+    """sum_j pi(j|i) d(c_i,c_j): how far Eq. 4 moves a token's features on average. (N,) -> (N,)."""
+    return (transition_rows(indices, codebook, eps, temperature) * distances(codebook[indices], codebook)).sum(1)
+
+
 def figure_3_codebook() -> Tensor:
     """Four codewords in the plane with the paper's Figure 3: at eps = 0.7, pi(1|1) = 0.30 and pi(2|1) = 0.49.
 
@@ -154,39 +166,55 @@ def figure_3_codebook() -> Tensor:
 def main() -> None:
     import matplotlib.pyplot as plt
 
+    parser = argparse.ArgumentParser(description="Draw Figure 3, Eq. 1 against Eq. 6, and what the scale of d does to Eq. 4.")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder of train.py, to add its trained codebook to the lower row")
+    parser.add_argument("--out", type=Path, default=Path("figures/qpm.png"))
+    args = parser.parse_args()
+    books = {f"{K} random codewords, D = {D}": torch.nn.functional.normalize(torch.randn(K, D, generator=torch.Generator().manual_seed(0)))
+             for K, D in ((1024, 2), (1024, 32))}
+    if args.run and not (args.run / "codebooks.pt").exists():
+        parser.exit(2, f"qpm.py: {args.run}/codebooks.pt: no such file; give the folder of a run of train.py without --supervised\n")
+    if args.run:
+        trained = torch.load(args.run / "codebooks.pt", weights_only=True)[-1]["codebook"]
+        books[f"{len(trained)} trained codewords, D = {trained.shape[1]}"] = trained
+
+    figure, ((left, middle), (below, right)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     codebook, eps = figure_3_codebook(), 0.7
     pi = transition_matrix(codebook, eps)
     print(f"Figure 3, K = 4, eps = {eps}: pi(j|1) =", " ".join(f"{p:.2f}" for p in pi[0].tolist()))
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     left.scatter(codebook[:, 0], codebook[:, 1], s=80, color="black")
     for j, (x, y) in enumerate(codebook.tolist()):
-        left.annotate(f"$c_{j + 1}$: $\\pi({j + 1}|1)$ = {pi[0, j]:.2f}", (x, y), xytext=(10, 8), textcoords="offset points")
-    left.set(title="Figure 3: where a token of $c_1$ goes", xlabel="channel 1", ylabel="channel 2", xlim=(-0.6, 2.6), ylim=(-2.8, 2.8))
+        label, side = f"$c_{j + 1}$: $\\pi({j + 1}|1)$ = {pi[0, j]:.2f}", (-12, -5) if j == 0 else (12, -5)
+        left.annotate(label, (x, y), xytext=side, textcoords="offset points", ha="right" if j == 0 else "left", fontsize=11)
+    left.set(title="Figure 3: where a token of $c_1$ goes, eps = 0.7", xlabel="channel 1", ylabel="channel 2")
+    left.set(xlim=(-1.5, 2), ylim=(-2.8, 2.8))
 
-    p = torch.linspace(0, 0.99, 100, dtype=torch.float64)
+    p = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     random = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     prior = uniform_prior(len(random))
     kl = [qpm_kl(prior, perturbed_marginal(prior, transition_matrix(random, e))).item() for e in p.tolist()]
-    bound = [qpm_kl_bound(random, e).item() for e in p.tolist()]
     middle.plot(p, dropout_kl(p), color="#D55E00", label="dropout, Eq. 1")
     middle.plot(p, dropout_kl(p, inverted=True), "--", color="#D55E00", label="inverted dropout (nn.Dropout)")
     middle.plot(p, kl, color="#0072B2", label="QPM, Eq. 6 (64 random codewords, D = 8)")
-    middle.plot(p, bound, ":", color="#0072B2", label="QPM, bound of App. B")
-    middle.set(title="How far a perturbation goes", xlabel="p or eps", ylabel="KL(P||Q) in nats", yscale="symlog", ylim=(0, 60))
-    middle.set_yscale("symlog", linthresh=0.1)
-    middle.legend(fontsize=7)
+    middle.plot(p, [qpm_kl_bound(random, e).item() for e in p.tolist()], ":", color="#0072B2", label="QPM, bound of Appendix B")
+    middle.set(title="How far a perturbation goes", xlabel="p or eps", ylabel="KL(P||Q) in nats", yscale="log", ylim=(1e-5, 100))
+    middle.legend(fontsize=8)
 
-    for D, color in ((2, "#009E73"), (8, "#0072B2"), (64, "#CC79A7")):
-        table = torch.nn.functional.normalize(torch.randn(1024, D, generator=torch.Generator().manual_seed(0)), dim=1)
-        temperatures = torch.logspace(-3, 1, 25)
-        some = torch.arange(0, 1024, 16)
-        right.plot(temperatures, [effective_neighbors(some, table, t).mean() for t in temperatures.tolist()], color=color, label=f"D = {D}")
-    right.set(title="1024 random unit-length codewords", xlabel="temperature T", ylabel="effective neighbors", xscale="log", yscale="log")
-    right.axvline(1, color="gray", lw=0.8)
-    right.legend(fontsize=8)
-    figure.savefig("figures/qpm.png", dpi=110)
-    print("wrote figures/qpm.png")
+    temperatures = torch.logspace(-3, 1, 33)
+    for (label, book), color in zip(books.items(), ("#009E73", "#CC79A7", "#0072B2")):
+        some = torch.arange(0, len(book), max(1, len(book) // 64))
+        below.plot(temperatures, [effective_neighbors(some, book, t).mean() for t in temperatures.tolist()], color=color, label=label)
+        right.plot(temperatures, [mean_displacement(some, book, eps, t).mean() for t in temperatures.tolist()], color=color, label=label)
+        at_1, at_small = (effective_neighbors(some, book, t).mean() for t in (1.0, 0.05))
+        print(f"{label}: effective neighbors {at_1:.0f} at T = 1, {at_small:.1f} at T = 0.05")
+    below.set(title="Among how many codewords Eq. 4 chooses", ylabel="effective neighbors", xscale="log", yscale="log")
+    right.set(title="How far a token moves on average, eps = 0.7", ylabel="mean displacement, codewords of length 1", xscale="log")
+    for axis in (below, right):
+        axis.axvline(1, color="gray", lw=0.8)
+        axis.set_xlabel("temperature T (the paper: 1)")
+        axis.legend(fontsize=8)
+    figure.savefig(args.out, dpi=75)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ Names: l labelled, u unlabelled weak view, a unlabelled strong view; x image, y 
 The paper does not say:
   - which unlabelled view enters the student. The strong one, x_a: its tokens are perturbed, its pseudo-label comes from the
     teacher's look at the weak view x_u, and its image branch must give back x_u, as Eq. 9 has it.
-  - any warm-up of lambda_u or threshold on pseudo-labels: `--ramp` and `--threshold`.
+  - any warm-up before the unlabelled loss or threshold on pseudo-labels: `--warmup` and `--threshold`.
   - the weight of the quantizer's own loss: `--lambda-vq`.
 """
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -62,7 +63,7 @@ class Settings:
     temperature: float = option(1.0, "T, divides the distance in Eq. 4; inf = uniform replacement")
     codebook_size: int = option(1024, "K (the paper: 16384 with DINOv2)")
     lambda_u: float = option(1.0, "Eq. 10: weight of the unlabelled loss; 0 switches it off")
-    lambda_a: float = option(5.0, "Eq. 12: weight of the alignment with the foundation model")
+    lambda_a: float = option(0.1, "Eq. 12: weight of the alignment; the paper: 5, with DINOv2; the stand-in knows nothing to learn from")
     lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 switches the image branch off")
     lambda_vq: float = option(1.0, "weight of the quantizer's own loss")
     lambda_dice: float = option(1.0, "weight of the soft Dice loss in L_seg; 0 is the paper's plain cross-entropy")
@@ -70,7 +71,7 @@ class Settings:
     tau: float = option(0.07, "temperature of Eq. 11")
     alpha: float = option(0.99, "EMA of the teacher")
     threshold: float = option(0.0, "pseudo-label pixels less sure than this are left out; 0 is Eq. 9")
-    ramp: float = option(0.1, "share of the budget over which lambda_u rises from 0")
+    warmup: float = option(0.2, "share of the budget on labelled slices alone, before there are pseudo-labels worth learning")
     # optimizer and network
     lr: float = option(3e-3, "AdamW, falls as (1 - progress)^0.9; the paper's SGD at 1e-4 starts from pretrained weights")
     weight_decay: float = option(0.01, "AdamW")
@@ -90,32 +91,39 @@ def supervised_loss(s: Settings, student: VQSeg, x_l: Tensor, y_l: Tensor) -> tu
 
 def vqseg_loss(s: Settings, student: VQSeg, teacher: VQSeg, fm: nn.Module | None, x_l: Tensor, y_l: Tensor, x_u: Tensor, x_a: Tensor,
                progress: float, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 7 to 12 on one labelled and one unlabelled batch: the loss, and each of its terms by name."""
-    B = len(x_l)
+    """Eq. 7 to 12 on one labelled and one unlabelled batch: the loss, and each of its terms by name.
+
+    During the warm-up, and with --lambda-u 0, nothing looks at the unlabelled batch; such a step takes half the time.
+    """
+    B, zero = len(x_l), torch.zeros((), device=x_l.device)
+    lambda_u = s.lambda_u if progress >= s.warmup else 0.0
+    if not lambda_u:
+        x_u, x_a = x_u[:0], x_a[:0]
     # 1. The teacher looks at the weak view: pseudo-labels, without gradient.
     with torch.no_grad():
-        pseudo = losses.pseudo_label(teacher(x_u), s.threshold)
+        pseudo = losses.pseudo_label(teacher(x_u), s.threshold) if lambda_u else None
     # 2. The student encodes labelled slices and strong views together; Eq. 2 makes tokens of them.
     z, skips = student.encoder(torch.cat([x_l, x_a]))
     q = student.quantizer(z)
     # 3. QPM perturbs the unlabelled tokens, Eq. 4.
-    perturbed = student.perturb(z[B:], q.codes[B:], q.indices[B:], s.perturb, s.eps, s.temperature, generator)
+    perturbed = student.perturb(z[B:], q.codes[B:], q.indices[B:], s.perturb, s.eps, s.temperature, generator) if lambda_u else q.codes[B:]
     # 4. Both branches decode from the shared post-VQ space, Eq. 7.
     y_hat = student.segmentation_decoder(torch.cat([q.codes[:B], perturbed]), skips)
     x_hat = student.image_decoder(q.codes) if s.lambda_rec else torch.cat([x_l, x_u])
     # 5. Eq. 8, 9, 10.
     l_l = losses.labelled_loss(x_hat[:B], x_l, y_hat[:B], y_l, s.lambda_rec, s.lambda_dice)
-    l_u = losses.unlabelled_loss(x_hat[B:], x_u, y_hat[B:], pseudo, s.lambda_rec, s.lambda_dice)
-    lambda_u = s.lambda_u * min(1.0, progress / s.ramp if s.ramp else 1.0)
+    l_u = losses.BranchLoss(zero, zero, zero)
+    if lambda_u:
+        l_u = losses.unlabelled_loss(x_hat[B:], x_u, y_hat[B:], pseudo, s.lambda_rec, s.lambda_dice)
     l_db = losses.dual_branch_loss(l_l.total, l_u.total, lambda_u)
     # 6. Tokens align with the frozen model's features of the undisturbed slices, Eq. 11; the sum is Eq. 12.
-    l_align = torch.zeros((), device=z.device)
+    l_align = zero
     if fm is not None and s.lambda_a:
         f_fm = fm(torch.cat([x_l, x_u]))
         l_align = losses.alignment_loss(student.adapter(q.codes, f_fm.shape[-2:]), f_fm, s.tau)
     loss = losses.total_loss(l_db, l_align, s.lambda_a) + s.lambda_vq * q.loss
     terms = {"loss": loss, "seg_l": l_l.seg, "rec_l": l_l.rec, "seg_u": l_u.seg, "rec_u": l_u.rec, "align": l_align, "vq": q.loss,
-             "kept": pseudo.keep.mean()}
+             "kept": pseudo.keep.mean() if lambda_u else zero}
     return loss, terms | {"indices": q.indices}
 
 
@@ -136,11 +144,13 @@ def train(s: Settings) -> None:
     student, teacher, fm, optimizer = build(s, device)
     run = make_run_folder(s)
 
-    start, step, best, tokens, sums = time.perf_counter(), 0, -1.0, [], {}
-    budget = f"{s.steps} steps" if s.steps else f"{s.minutes:g} minutes"
-    next_check, last_line = 0.1, (0, start)
-    print(f"{run}: training for {budget}", flush=True)
-    progress = 0.0
+    shown = data.to_grid(torch.from_numpy(data.read_image(val_cases[0].image)[0]))
+    sample = data.crop_center(shown[len(shown) // 2])[None]  # (1,crop,crop), for the figure of model.py
+    if not s.supervised:
+        snapshot(run, 0, teacher, [labelled, unlabelled], device)
+    print(f"{run}: training for {f'{s.steps} steps' if s.steps else f'{s.minutes:g} minutes'}", flush=True)
+    start, step, progress, best, checks, tokens, sums = time.perf_counter(), 0, 0.0, -1.0, 0, [], {}
+    last_line = (0, start)
     while progress < 1:
         # 1. What is random in this step, and the learning rate: the polynomial schedule of 4.2 after a short warm-up.
         generator, pick = generators(device, s.seed, step)
@@ -185,48 +195,48 @@ def train(s: Settings) -> None:
             left = (now - start) * (1 / progress - 1) / 60 if progress < 1 else 0
             print("  ".join(f"{k} {v:g}" for k, v in line.items()) + f"  left {left:.1f} min", flush=True)
             last_line, tokens, sums = (step, now), [], {}
-        if progress >= next_check:
-            next_check += 0.1
+        if progress >= (checks + 1) / 10:
+            checks += 1
             score = evaluate.mean_dice(evaluate.evaluate(teacher, val_cases, data.CLASSES, device, amp, distances=False))
             append_line(run, {"step": step, "progress": round(progress, 4), "val_dice": round(score, 5)})
             better = score > best
             best = max(best, score)
             print(f"step {step}: validation Dice of the teacher {score:.4f}{', the best so far' if better else ''}", flush=True)
-            state = {"settings": asdict(s), "step": step, "val_dice": score, "teacher": teacher.state_dict()}
+            state = {"settings": asdict(s), "classes": len(data.CLASSES), "sample": sample, "step": step, "val_dice": score,
+                     "teacher": teacher.state_dict()}
             if better:
                 save(run / "best.pt", state)
             save(run / "last.pt", state | {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "best": best})
-    finish(s, run, labelled, unlabelled, val_cases, device, amp, step, (time.perf_counter() - start) / 60)
+            if checks == 1 and not s.supervised:
+                snapshot(run, step, teacher, [labelled, unlabelled], device)
+    finish(s, run, labelled, unlabelled, val_cases, device, step, (time.perf_counter() - start) / 60)
 
 
-def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cases: list, device: torch.device, amp: bool, steps: int,
+def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cases: list, device: torch.device, steps: int,
            minutes: float) -> None:
-    """The table and the picture of the best teacher, and how much of the codebook the training slices use."""
+    """The table and the picture of the best teacher, and how much of the codebook the training slices use: all in float32."""
     model, saved = evaluate.load(run, device)
-    rows = evaluate.evaluate(model, val_cases, data.CLASSES, device, amp)
+    rows = evaluate.evaluate(model, val_cases, data.CLASSES, device)
     evaluate.write_csv(run / "val.csv", rows)
     result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": steps, "minutes": round(minutes, 2), "fm": s.fm}
     print(f"\n{run}: teacher of step {saved['step']} of {steps}, best on validation; {minutes:.1f} minutes; foundation model: {s.fm}")
     if not s.supervised:
-        used = codebook_usage(model, [labelled, unlabelled], device, amp)
+        used = snapshot(run, steps, model, [labelled, unlabelled], device)
         result |= {"utilization": used.utilization, "perplexity": used.perplexity}
         print(f"codebook over all training slices: {used.utilization:.1%} of {s.codebook_size} in use, perplexity {used.perplexity:.0f}")
     print(evaluate.table(rows))
-    evaluate.draw(model, val_cases, device, amp, run / "predictions.png")
+    evaluate.draw(model, val_cases, rows, device, run / "predictions.png")
     (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {run}/val.csv, predictions.png, result.json, log.jsonl, best.pt, last.pt")
 
 
-@torch.no_grad()
-def codebook_usage(model: VQSeg, slices: list[Slices], device: torch.device, amp: bool = False) -> Usage:
-    """Utilization and perplexity over the central crops of all these slices, without augmentation."""
-    found = []
-    for some in slices:
-        for numbers in torch.arange(len(some)).split(16):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                z = model.encoder(data.crop_center(some.batch(numbers, device)[0])).z
-            found.append(model.quantizer(z).indices.flatten())
-    return usage(torch.cat(found), model.quantizer.codebook_size)
+def snapshot(run: Path, step: int, teacher: VQSeg, sets: list[Slices], device: torch.device) -> Usage:
+    """Add the codebook, and how often the training slices use each codeword, to RUN/codebooks.pt; `python vq.py RUN` draws it."""
+    counts = evaluate.codeword_counts(teacher, sets, device)
+    path = run / "codebooks.pt"
+    earlier = torch.load(path, weights_only=True) if path.exists() else []
+    save(path, earlier + [{"step": step, "codebook": teacher.quantizer.codebook.detach().cpu(), "counts": counts}])
+    return usage(torch.repeat_interleave(counts), len(counts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +259,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent from older PyTorch: float32 then
-    return device.type == "cpu" and bool(capabilities.get("amx_bf16", False))
+    return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Generator, torch.Generator]:
@@ -262,11 +272,9 @@ def build(s: Settings, device: torch.device) -> tuple[VQSeg, VQSeg, nn.Module | 
     """Student, teacher (a copy that no gradient reaches), foundation model, optimizer."""
     torch.manual_seed(s.seed)
     fm = StandInFM().to(device) if s.fm == "standin" and not s.supervised else None
-    student = evaluate.build_model(asdict(s)).to(device)
-    teacher = evaluate.build_model(asdict(s)).to(device)
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    return student, teacher, fm, torch.optim.AdamW(student.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    student = VQSeg(len(data.CLASSES), s.codebook_size, s.dim, s.width, quantize=not s.supervised).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    return student, teacher, fm, torch.optim.AdamW(student.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
 
 
 def make_run_folder(s: Settings) -> Path:
@@ -323,7 +331,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         s.minutes = 3.0 if s.data == "phantom" else 30.0
     if s.minutes and s.steps:
         raise BadInput("--minutes and --steps: give one of them")
-    ranges = {"eps": (0, 1), "alpha": (0, 1), "threshold": (0, 1), "ramp": (0, 1), "seed": (0, 2**63)}
+    ranges = {"eps": (0, 1), "alpha": (0, 1), "threshold": (0, 1), "warmup": (0, 1), "seed": (0, 2**63)}
     ranges |= {"batch": (1, 4096), "codebook_size": (2, 2**20), "steps": (0, 10**9), "minutes": (0, 10**6), "dim": (1, 4096)}
     ranges |= {name: (0, float("inf")) for name in ("lambda_u", "lambda_a", "lambda_rec", "lambda_vq", "lambda_dice", "lr", "weight_decay")}
     for name, (low, high) in ranges.items():

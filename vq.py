@@ -12,8 +12,12 @@ The paper does not say:
     taken from an earlier prototype and not yet swept.
   - the length of a codeword. Ours have unit length, and the model makes its tokens unit length, so that the distances of
     Eq. 2 and Eq. 4 lie in [0, 2] whatever the network does, and one temperature suits a whole run.
+
+Run `python vq.py RUN` to draw the codebook of a training run as in Appendix E: before, during and after training.
 """
 
+import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -129,3 +133,35 @@ class VectorQuantizer(nn.Module):
                 flat = flat[:: max(1, -(-len(flat) // self.usage_tokens))]
                 loss = loss + self.usage_weight * usage_loss(flat, codebook)
         return Quantized(straight_through(z, codes.permute(0, 3, 1, 2)), indices, loss)
+
+
+def main() -> None:
+    import matplotlib.pyplot as plt
+
+    parser = argparse.ArgumentParser(description="Draw a run's codebook before, during and after training (Appendix E).")
+    parser.add_argument("run", type=Path, help="run folder of train.py")
+    parser.add_argument("--out", type=Path, default=Path("figures/vq.png"))
+    args = parser.parse_args()
+    if not (args.run / "codebooks.pt").exists():
+        parser.exit(2, f"vq.py: {args.run}/codebooks.pt: no such file; give the folder of a run of train.py without --supervised\n")
+    snapshots = torch.load(args.run / "codebooks.pt", weights_only=True)
+    # One projection for all: the two directions in which the trained codebook varies most.
+    last = snapshots[-1]["codebook"]
+    directions = torch.linalg.svd(last - last.mean(0), full_matrices=False).Vh[:2]  # (2,D)
+    figure, axes = plt.subplots(1, len(snapshots), figsize=(4 * len(snapshots), 4), sharex=True, sharey=True, layout="constrained")
+    for axis, snapshot in zip(axes, snapshots):
+        x, y = (snapshot["codebook"] @ directions.T).T
+        active = snapshot["counts"] > 0
+        K, share = len(active), active.double().mean().item()
+        axis.scatter(x[active], y[active], s=8, color="#0072B2", label=f"active: {active.sum()} of {K}")
+        axis.scatter(x[~active], y[~active], s=14, color="#D55E00", marker="x", label=f"inactive: {(~active).sum()}")
+        axis.set(title=f"step {snapshot['step']}: {share:.1%} in use", xlabel="first principal direction", aspect="equal")
+        axis.legend(fontsize=8, loc="upper right")
+        print(f"step {snapshot['step']}: {share:.1%} of {K} codewords in use over the training slices")
+    axes[0].set_ylabel("second principal direction")
+    figure.savefig(args.out, dpi=80)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -190,10 +190,10 @@ def test_cache_bounds_memory_and_changes_no_value(phantom_copy):
 
 
 def test_weak_view_moves_image_and_mask_alike():
-    y, x = torch.meshgrid(torch.arange(192), torch.arange(192), indexing="ij")
-    mask = (((y - 90) ** 2 + (x - 100) ** 2) < 30**2).to(torch.uint8).expand(6, -1, -1)
+    y, x = torch.meshgrid(torch.arange(data.GRID), torch.arange(data.GRID), indexing="ij")
+    mask = (((y - 112) ** 2 + (x - 124) ** 2) < 38**2).to(torch.uint8).expand(6, -1, -1)
     view, labels = data.weak_view(mask[:, None].float(), mask, torch.Generator().manual_seed(0))
-    assert view.shape == (6, 1, 128, 128) and labels.dtype == torch.int64
+    assert view.shape == (6, 1, data.CROP, data.CROP) and labels.dtype == torch.int64
     assert ((view[:, 0] > 0.5) != labels.bool()).float().mean() < 0.01 and labels.float().mean() > 0.1
     assert len({int(m.sum()) for m in labels}) == 6  # each slice is scaled on its own
 
