@@ -19,11 +19,9 @@ Run `python data.py [--data acdc --root DIR]` to list what is found and draw fig
 """
 
 import argparse
-import gzip
 import os
 import re
 import tempfile
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -81,15 +79,23 @@ def find_cases(root: Path, patients: list[str], need_masks: bool) -> list[Case]:
     places = [root, root / "training", root / "testing", root / "database" / "training", root / "database" / "testing"]
     cases, missing = [], []
     for patient in patients:
-        folder = next((p / f"patient{patient}" for p in places if (p / f"patient{patient}").is_dir()), None)
-        if folder is None:
+        folders = [p / f"patient{patient}" for p in places if (p / f"patient{patient}").is_dir()]
+        if not folders:
             missing.append(patient)
             continue
-        frames = sorted(f for f in folder.iterdir() if re.fullmatch(rf"patient{patient}_frame\d+\.nii(\.gz)?", f.name))
+        if len(folders) > 1:
+            raise BadInput(f"{folders[0]}: there is another one, {folders[1]}; remove one of the two")
+        (folder,) = folders
+        try:
+            frames = sorted(f for f in folder.iterdir() if re.fullmatch(rf"patient{patient}_frame\d+\.nii(\.gz)?", f.name))
+        except OSError as error:
+            raise BadInput(f"{folder}: cannot be opened ({error.strerror}); give yourself the right to read it") from None
         if not frames:
             raise BadInput(f"{folder}: no patient{patient}_frameXX.nii.gz in it; copy the patient again from your download")
         for image in frames:
             stem = image.name.split(".")[0]
+            if sum(f.name.split(".")[0] == stem for f in frames) > 1:
+                raise BadInput(f"{image}: is there as .nii and as .nii.gz; remove one of the two")
             mask = next((m for m in (folder / f"{stem}_gt.nii.gz", folder / f"{stem}_gt.nii") if m.exists()), None)
             if need_masks and mask is None:
                 raise BadInput(f"{image}: has no {stem}_gt.nii.gz beside it, and this split needs masks; add the mask")
@@ -99,39 +105,50 @@ def find_cases(root: Path, patients: list[str], need_masks: bool) -> list[Case]:
     return cases
 
 
-def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
-    """A 3-D volume as (Z,H,W) and its voxel spacing (z,y,x) in mm. nibabel gives (x,y,z): we turn it over.
+class Volume(NamedTuple):
+    voxels: np.ndarray  # (Z,H,W); nibabel gives (x,y,z), turned over here. Slope and intercept are applied
+    spacing: tuple[float, ...]  # (z,y,x) in mm: the header's zooms, for the affine's unit scales are wrong in ACDC
+    axes: tuple[str, ...]  # where x, y, z run to, as ("L","P","S"); voxels stay as stored, as in the field's protocol
 
-    Spacing comes from the header's zooms and not from the affine, whose unit scales in ACDC are wrong.
-    """
+
+def read_nifti(path: Path) -> Volume:
     try:
         file = nib.load(path)
         volume = np.asanyarray(file.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, gzip.BadGzipFile, nib.filebasedimages.ImageFileError) as error:
+        spacing, axes = tuple(float(s) for s in file.header.get_zooms()[:3])[::-1], nib.aff2axcodes(file.affine)
+    except Exception as error:  # a damaged header can make nibabel fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path}: cannot be read as NIfTI ({reason}); copy the file again from your download") from None
+    if volume.dtype.kind not in "iufb":
+        raise BadInput(f"{path}: its voxels are {volume.dtype}, not numbers; convert it to a gray image")
+    if volume.ndim > 3 and set(volume.shape[3:]) == {1}:
+        volume = volume.reshape(volume.shape[:3])
     if volume.ndim != 3 or 0 in volume.shape:
         raise BadInput(f"{path}: has shape {volume.shape} but one 3-D volume (x, y, z) is needed; give one frame per file")
-    return volume.transpose(2, 1, 0), tuple(float(s) for s in file.header.get_zooms()[:3])[::-1]
+    return Volume(volume.transpose(2, 1, 0), spacing, axes)
 
 
 def read_image(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
-    """(Z,H,W) float32, min-max to [0,1] over the whole volume (a constant volume becomes 0), and its spacing."""
-    volume, spacing = read_nifti(path)
-    volume = volume.astype(np.float32)
+    """(Z,H,W) float32, min-max to [0,1] over the whole volume (a constant one becomes 0), and its voxel spacing (z,y,x) in mm."""
+    volume, spacing, _ = read_nifti(path)
     if not np.isfinite(volume).all():
         raise BadInput(f"{path}: holds NaN or infinite voxels; replace them or leave the patient out")
+    volume = volume.astype(np.float64)  # float32 would lose digits, and overflow, where values are large
     low, high = volume.min(), volume.max()
-    return (volume - low) / max(high - low, 1e-8), spacing
+    scaled = (volume - low) / (high - low) if high > low else np.zeros_like(volume)
+    return scaled.astype(np.float32), spacing
 
 
-def read_mask(path: Path, shape: tuple[int, ...], classes: int) -> np.ndarray:
-    """(Z,H,W) uint8 with values in [0, classes)."""
-    mask, _ = read_nifti(path)
+def read_mask(case: Case, shape: tuple[int, ...], classes: int) -> np.ndarray:
+    """The case's mask for an image of this shape: (Z,H,W) uint8 with values in [0, classes)."""
+    path = case.mask
+    mask, _, axes = read_nifti(path)
     if mask.shape != shape:
         raise BadInput(f"{path}: mask of shape {mask.shape[::-1]} for an image of shape {shape[::-1]}; they must be equal")
-    values = np.unique(mask)
-    wrong = [v for v in values.tolist() if v not in range(classes)]
+    expected = nib.aff2axcodes(nib.load(case.image).affine)
+    if axes != expected:
+        raise BadInput(f"{path}: its axes run to {axes}, those of its image to {expected}; store both the same way")
+    wrong = [v for v in np.unique(mask).tolist() if v not in range(classes)]
     if wrong:
         raise BadInput(f"{path}: label value {wrong[0]:g} is not one of 0 to {classes - 1}; remap the mask's labels")
     return mask.astype(np.uint8)
@@ -195,8 +212,8 @@ class Slices:
         """Case c on the grid: image (Z,G,G) float32, mask (Z,G,G) uint8 (all 0 where the case has none)."""
         if c not in self.cache:
             image, _ = read_image(self.cases[c].image)
-            path = self.cases[c].mask
-            mask = np.zeros(image.shape, np.uint8) if path is None else read_mask(path, image.shape, self.classes)
+            labelled = self.cases[c].mask is not None
+            mask = read_mask(self.cases[c], image.shape, self.classes) if labelled else np.zeros(image.shape, np.uint8)
             self.cache[c] = to_grid(torch.from_numpy(image)), to_grid(torch.from_numpy(mask))
             self.cached_bytes += sum(t.nbytes for t in self.cache[c])
             while self.cached_bytes > self.cache_bytes and len(self.cache) > 1:
@@ -204,6 +221,15 @@ class Slices:
                 self.cached_bytes -= sum(t.nbytes for t in oldest)
         self.cache.move_to_end(c)
         return self.cache[c]
+
+    def names(self, numbers: Tensor) -> list[str]:
+        """(B,) -> "patient099_frame01 slice 3", counted from 1."""
+        return [f"{self.cases[c].name} slice {k + 1}" for c, k in (self.where[n] for n in numbers.tolist())]
+
+    def absent_classes(self, labels: list[str]) -> list[str]:
+        """Those of the labels that no slice shows."""
+        seen = {value for c in range(len(self.cases)) for value in self.volume(c)[1].unique().tolist()}
+        return [label for value, label in enumerate(labels) if value not in seen]
 
     def batch(self, numbers: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """(B,) -> images (B,1,G,G) float32 in [0,1], masks (B,G,G) uint8."""

@@ -105,6 +105,8 @@ def damage(root: Path, how: str) -> Path:
     if how == "label 7":
         labels[0, 0, 0] = 7
         return write(mask, labels)
+    if how == "mask flipped":
+        return write(mask, labels, (-1.5, 1.4, 8.0))
     if how == "label not whole":
         return write(mask, labels.astype(np.float32) + 0.5)
     if how == "truncated gzip":
@@ -119,6 +121,14 @@ def damage(root: Path, how: str) -> Path:
         write(image, array)
     elif how == "4-D":
         write(image, np.stack([array, array], -1))
+    elif how == "2-D":
+        write(image, array[..., 0])
+    elif how == "5-D":
+        write(image, np.stack([array, array], -1)[..., None, :])
+    elif how == "RGB":
+        write(image, np.zeros(array.shape, [("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    elif how == "infinite":
+        write(image, np.where(array == array.max(), np.inf, array).astype(np.float32))
     return image
 
 
@@ -129,7 +139,8 @@ def damage(root: Path, how: str) -> Path:
         ("label 7", "label value 7 is not one of 0 to 3"), ("label not whole", "label value 0.5"),
         ("truncated gzip", "cannot be read as NIfTI"),
         ("empty file", "cannot be read as NIfTI"), ("not nifti", "cannot be read as NIfTI"), ("NaN", "NaN or infinite"),
-        ("4-D", "one 3-D volume"),
+        ("4-D", "one 3-D volume"), ("2-D", "one 3-D volume"), ("5-D", "one 3-D volume"), ("RGB", "not numbers"),
+        ("infinite", "NaN or infinite"), ("mask flipped", "store both the same way"),
     ],
 )  # fmt: skip
 def test_bad_file_is_refused_in_one_line_that_names_it(phantom_copy, how, says):
@@ -138,6 +149,103 @@ def test_bad_file_is_refused_in_one_line_that_names_it(phantom_copy, how, says):
         Slices(data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 2)[0])
     message = str(error.value)
     assert str(guilty) in message and says in message and "\n" not in message
+
+
+def odd(folder: Path, how: str) -> np.ndarray:
+    """Store patient001's frame in an unusual but right way; returns the (x,y,z) values that must be read."""
+    values = np.random.default_rng(0).integers(0, 900, (24, 20, 4)).astype(np.int16)
+    shape = {"one slice": (24, 20, 1), "6 x 6 pixels": (6, 6, 4), "1024 x 1024": (1024, 1024, 1)}.get(how)
+    values = np.resize(values, shape).copy() if shape else values
+    zooms, suffix, stored = (1.5, 1.4, 8.0), ".nii.gz", values
+    if how == "negative":
+        values = stored = values - 500
+    elif how == "float64, large":
+        values = stored = values.astype(np.float64) * 1e300
+    elif how == "big-endian":
+        stored = values.astype(">i2")
+    elif how == "constant":
+        values = stored = np.full_like(values, 7)
+    elif how == "all zero":
+        values = stored = np.zeros_like(values)
+    elif how == "4-D of one time point":
+        stored = values[..., None]
+    elif how == ".nii":
+        suffix = ".nii"
+    elif how == "flipped and rotated axes":
+        zooms = (-1.5, -1.4, 8.0)
+    image = nib.Nifti1Image(stored, np.diag([*zooms, 1.0]), dtype=stored.dtype)
+    if how == "big-endian":
+        image = nib.Nifti1Image(stored, np.diag([*zooms, 1.0]), header=nib.Nifti1Header(endianness=">"), dtype=stored.dtype)
+    if how == "slope and intercept":
+        image.header.set_slope_inter(0.5, 100)  # what is stored now means 0.5 * stored + 100
+        values = values * 0.5 + 100
+        image = nib.Nifti1Image(values, image.affine, image.header)
+        image.set_data_dtype(np.int16)
+    folder.mkdir(parents=True)
+    nib.save(image, folder / f"patient001_frame04{suffix}")
+    nib.save(nib.Nifti1Image((values > np.median(values)).astype(np.uint8), image.affine), folder / f"patient001_frame04_gt{suffix}")
+    return values.astype(np.float64)
+
+
+@pytest.mark.parametrize("how", [
+    "negative", "float64, large", "big-endian", "slope and intercept", "constant", "all zero", "one slice", "6 x 6 pixels", "1024 x 1024",
+    "4-D of one time point", ".nii", "flipped and rotated axes", "one frame in a folder with spaces and \u00fcnic\u00f6de",
+])  # fmt: skip
+def test_odd_but_right_file_is_read_rightly(tmp_path, how):
+    root = tmp_path / how.replace("/", "")
+    values = odd(root / "patient001", how)
+    (case,) = data.find_cases(root, ["001"], need_masks=True)
+    low, high = values.min(), values.max()
+    expected = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    image, _ = data.read_image(case.image)
+    assert np.allclose(image, expected.transpose(2, 1, 0), atol=1e-3 if how == "slope and intercept" else 1e-6)
+    assert np.array_equal(data.read_mask(case, image.shape, 4), (values > np.median(values)).transpose(2, 1, 0))
+    images, masks = Slices([case]).batch(torch.tensor([0]), CPU)
+    assert images.shape == (1, 1, data.GRID, data.GRID) and torch.isfinite(images).all() and masks.dtype == torch.uint8
+
+
+def test_folders_that_cannot_be_used_are_named(phantom_copy, monkeypatch):
+    folder = phantom_copy / "training" / "patient001"
+    twice = phantom_copy / "patient001"
+    twice.mkdir()
+    with pytest.raises(BadInput, match=f"{twice}: there is another one"):
+        data.find_cases(phantom_copy, ["001"], True)
+    twice.rmdir()
+    image = folder / "patient001_frame01.nii.gz"
+    (folder / "patient001_frame01.nii").write_bytes(gzip.decompress(image.read_bytes()))
+    with pytest.raises(BadInput, match="is there as .nii and as .nii.gz"):
+        data.find_cases(phantom_copy, ["001"], True)
+    (folder / "patient001_frame01.nii").unlink()
+    image.unlink()
+    image.symlink_to(image)  # a loop
+    with pytest.raises(BadInput, match="patient001_frame01.nii.gz: cannot be read as NIfTI"):
+        Slices(data.find_cases(phantom_copy, ["001"], True))
+    monkeypatch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(BadInput, match=f"{folder}: cannot be opened .Permission denied"):
+        data.find_cases(phantom_copy, ["001"], True)
+
+
+def test_damaged_bytes_are_read_or_refused_and_nothing_else(tmp_path):
+    """Fuzz: 600 times some bytes of a valid file are changed, cut or doubled, mostly in its header."""
+    rng = np.random.default_rng(0)
+    good = write(tmp_path / "good.nii", np.arange(6 * 5 * 3, dtype=np.int16).reshape(6, 5, 3)).read_bytes()
+    path, read, refused = tmp_path / "bad.nii", 0, 0
+    for _ in range(600):
+        spoiled = bytearray(good)
+        for _ in range(rng.integers(1, 5)):
+            spoiled[rng.integers(0, 348 if rng.random() < 0.8 else len(good))] = rng.integers(0, 256)
+        if rng.random() < 0.2:
+            spoiled = spoiled[: rng.integers(0, len(good))]
+        path.write_bytes(spoiled)
+        try:
+            image, _ = data.read_image(path)
+            assert image.ndim == 3 and image.dtype == np.float32 and np.isfinite(image).all()
+            assert 0 <= image.min() and image.max() <= 1
+            read += 1
+        except BadInput as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert read > 100 and refused > 100
 
 
 def test_missing_root_and_missing_patients_are_named(tmp_path, phantom_copy):
@@ -233,7 +341,7 @@ def test_phantom_is_the_same_each_time_and_has_two_frames_of_every_class(small_p
     volumes = []
     for a, b in zip(first, second):
         assert np.array_equal(data.read_image(a.image)[0], data.read_image(b.image)[0])
-        mask = data.read_mask(a.mask, data.read_image(a.image)[0].shape, 4)
+        mask = data.read_mask(a, data.read_image(a.image)[0].shape, 4)
         assert set(np.unique(mask)) == {0, 1, 2, 3}
         volumes.append((mask == 3).sum())
     assert volumes[0] > volumes[1]  # the left ventricle is larger at end-diastole, the first frame
