@@ -17,6 +17,7 @@ Run `python evaluate.py RUN [--split val|test]`; it reads RUN/best.pt and writes
 
 import argparse
 import csv
+import json
 import pickle
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from data import BadInput, Case, Slices
 from model import VQSeg, load_teacher
 
 METRICS = ["dice", "jaccard", "hd95", "asd"]
+NOT_OURS = (RuntimeError, KeyError, TypeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError)  # from loading a foreign file
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -129,7 +131,9 @@ def evaluate(model: VQSeg, cases: list[Case], labels: list[str], device: torch.d
     rows = []
     for case in cases:
         volume, spacing = data.read_image(case.image)
-        truth = data.read_mask(case.mask, volume.shape, len(labels))
+        if mm and not (np.isfinite(spacing).all() and min(spacing) > 0):
+            raise BadInput(f"{case.image}: its voxel spacing is {spacing} mm; correct the header, or leave out --mm")
+        truth = data.read_mask(case, volume.shape, len(labels))
         prediction = predict(model, volume, device, amp)
         rows += score(case.name, prediction, truth, labels, spacing if mm else (1, 1, 1), distances)
     return rows
@@ -174,8 +178,8 @@ def load(run: Path, device: torch.device) -> tuple[VQSeg, dict]:
         raise BadInput(f"{path}: no such file; give a run folder that train.py has finished")
     try:
         return load_teacher(path, device)
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{path}: not a checkpoint of this project ({str(error).splitlines()[0]}); train again") from None
+    except NOT_OURS as error:
+        raise BadInput(f"{path}: not a checkpoint of this project ({str(error).split(chr(10))[0]}); train again") from None
 
 
 @torch.no_grad()
@@ -203,7 +207,7 @@ def draw(model: VQSeg, cases: list[Case], rows: list[Row], device: torch.device,
     figure, axes = plt.subplots(3, 9, figsize=(13.5, 5), layout="constrained")
     for group, (name, case) in enumerate((("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1]))):
         volume, _ = data.read_image(case.image)
-        truth, prediction = data.read_mask(case.mask, volume.shape, len(data.CLASSES)), predict(model, volume, device)
+        truth, prediction = data.read_mask(case, volume.shape, len(data.CLASSES)), predict(model, volume, device)
         depth, H, W = volume.shape
         middle = np.s_[H // 6 : H - H // 6, W // 6 : W - W // 6]  # two thirds of the slice: hearts are small
         axes[0, 3 * group + 1].set_title(f"{name}: {case.name}, Dice {dice_of[case]:.3f}", fontsize=9)
@@ -244,6 +248,8 @@ def main() -> None:
     print(f"mean +- standard deviation over volumes; distances in {'mm' if args.mm else 'voxels'}")
     print(table(rows))
     write_csv(args.run / f"{args.split}.csv", rows)
+    record = {"split": args.split, "dice": mean_dice(rows), "checkpoint_step": saved["step"], "checkpoint_chosen_on": "val"}
+    (args.run / f"{args.split}.json").write_text(json.dumps(record | {"val_dice": saved["val_dice"], "mm": args.mm}, indent=2) + "\n")
     if args.figure:
         draw(model, cases, rows, device, args.figure)
         print(f"wrote {args.figure}")

@@ -33,9 +33,14 @@ class BranchLoss(NamedTuple):
     seg: Tensor  # () segmentation branch
 
 
+def mean(values: Tensor) -> Tensor:
+    """Mean of all values, and 0 where there are none: an empty batch has no loss."""
+    return values.sum() / max(1, values.numel())
+
+
 def reconstruction_loss(x_hat: Tensor, x: Tensor) -> Tensor:
     """L_rec of Eq. 8 and 9: L1, mean over pixels. Both (B,1,H,W)."""
-    return (x_hat.float() - x.float()).abs().mean()
+    return mean((x_hat.float() - x.float()).abs())
 
 
 def soft_dice_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -60,7 +65,7 @@ def segmentation_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None, dic
     make a small loss and not a loud one; with none it is 0.
     """
     ce = F.cross_entropy(logits.float(), y, reduction="none")  # (B,H,W)
-    loss = (ce if keep is None else ce * keep).mean()
+    loss = mean(ce if keep is None else ce * keep)
     if dice_weight:
         loss = loss + dice_weight * soft_dice_loss(logits, y, keep)
     return loss
@@ -105,7 +110,7 @@ def alignment_loss(f_pfa: Tensor, f_fm: Tensor, tau: float = 0.07) -> Tensor:
     similarity = a.transpose(1, 2) @ b / tau  # (B,N,N): row i is the adapted patch, column j the frozen one
     B, N, _ = similarity.shape
     own = torch.arange(N, device=a.device).expand(B, N)
-    return F.cross_entropy(similarity.reshape(B * N, N), own.reshape(B * N))
+    return mean(F.cross_entropy(similarity.reshape(B * N, N), own.reshape(B * N), reduction="none"))
 
 
 def total_loss(l_db: Tensor, l_align: Tensor, lambda_a: float = 5.0) -> Tensor:

@@ -52,6 +52,17 @@ def test_empty_masks_follow_the_one_rule():
     assert all(math.isnan(v) for v in nothing[2:6]) and not nothing.empty
 
 
+def test_score_gives_each_class_its_own_four_numbers():
+    rng = np.random.default_rng(0)
+    p, t = rng.integers(0, 3, (3, 6, 5)), rng.integers(0, 3, (3, 6, 5))
+    p[0] = t[0]
+    rows = ev.score("a", p, t, ["bg", "one", "two"], (5.0, 1.0, 2.0))
+    for k, row in enumerate(rows, start=1):
+        a, b = p == k, t == k
+        far = ev.hd95(a, b, (5.0, 1.0, 2.0)), ev.asd(a, b, (5.0, 1.0, 2.0))
+        assert row[2:6] == (ev.dice(a, b), ev.jaccard(a, b), *far) and far[1] != ev.asd(b, a, (5.0, 1.0, 2.0))
+
+
 def test_mean_is_over_volumes_then_classes_and_leaves_out_what_is_nowhere():
     row = lambda case, label, d: ev.Row(case, label, d, 0, 0, 0, False)  # noqa: E731
     rows = [row("a", "x", 1.0), row("b", "x", 0.0), row("a", "y", 1.0), row("b", "y", float("nan"))]

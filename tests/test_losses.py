@@ -69,3 +69,12 @@ def test_pseudo_label_carries_no_gradient_and_no_kept_pixel_is_finite():
 def test_soft_dice_by_hand():
     p = torch.tensor([[[[0.2, 0.9]], [[0.8, 0.1]]]])  # class 1: 0.8, 0.1; truth 1, 0: (2*0.8+1)/(0.9+1+1)
     assert losses.soft_dice_loss(p.log(), torch.tensor([[[1, 0]]])).item() == pytest.approx(1 - 2.6 / 2.9)
+
+
+def test_empty_batch_and_slices_without_foreground_give_finite_losses_and_gradients():
+    for B in (0, 2):
+        x_hat, logits, features = torch.rand(B, 1, 4, 4), torch.randn(B, 3, 4, 4, requires_grad=True), torch.randn(B, 5, 2, 2)
+        loss = losses.labelled_loss(x_hat, torch.rand(B, 1, 4, 4), logits, torch.zeros(B, 4, 4).long(), dice_weight=1.0).total
+        loss = loss + losses.alignment_loss(features, features)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(logits.grad).all() and (B > 0 or loss == 0)
