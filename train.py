@@ -32,7 +32,7 @@ from torch import Tensor
 import data
 import evaluate
 import losses
-from data import BadInput, Slices
+from data import BadInput, Case, Slices
 from model import StandInFM, VQSeg, ema_update
 from vq import Usage, usage
 
@@ -56,6 +56,7 @@ class Settings:
     seed: int = option(1337, "the randomness of step n is a function of (seed, n) alone")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-NAME-seedSEED, numbered if it is taken")
+    resume: str = option("", "run folder to go on with, from its last checkpoint and with its settings")
     # the method, a switch for every part
     supervised: bool = option(False, "the baseline: L_seg of Eq. 8 only, on the same network without quantizer and image branch")
     perturb: str = option("qpm", "qpm: Eq. 4; shuffle: the abstract; dropout: Section 3.2; none", ["qpm", "shuffle", "dropout", "none"])
@@ -122,13 +123,26 @@ def vqseg_loss(s: Settings, student: VQSeg, teacher: VQSeg, fm: nn.Module | None
         f_fm = fm(torch.cat([x_l, x_u]))
         l_align = losses.alignment_loss(student.adapter(q.codes, f_fm.shape[-2:]), f_fm, s.tau)
     loss = losses.total_loss(l_db, l_align, s.lambda_a) + s.lambda_vq * q.loss
-    terms = {"loss": loss, "seg_l": l_l.seg, "rec_l": l_l.rec, "seg_u": l_u.seg, "rec_u": l_u.rec, "align": l_align, "vq": q.loss,
-             "kept": pseudo.keep.mean() if lambda_u else zero}
-    return loss, terms | {"indices": q.indices}
+    terms = {"loss": loss, "seg_l": l_l.seg, "rec_l": l_l.rec, "align": l_align, "vq": q.loss, "indices": q.indices}
+    if lambda_u:
+        terms |= {"seg_u": l_u.seg, "rec_u": l_u.rec, "kept": pseudo.keep.mean()}
+    return loss, terms
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
+
+
+@dataclass
+class Place:
+    """Where the loop stands. Saved with the weights; with the seed it is all the state there is."""
+
+    step: int = 0
+    seconds: float = 0.0
+    progress: float = 0.0  # share of the budget that is used, in [0,1]
+    checks: int = 0  # tenths of the budget at the last validation
+    best: float = -1.0  # validation Dice of best.pt
+    saved: float = 0.0  # seconds at the last checkpoint
 
 
 def train(s: Settings) -> None:
@@ -141,87 +155,81 @@ def train(s: Settings) -> None:
     labelled, unlabelled = Slices(labelled_cases), Slices(unlabelled_cases)
     print(f"{s.data}: {s.labeled} labelled patients ({len(labelled)} slices), {len(unlabelled_cases)} unlabelled frames "
           f"({len(unlabelled)} slices), {len(val_cases)} validation volumes; {device}, {'bfloat16' if amp else 'float32'}")
+    for name in labelled.absent_classes(data.CLASSES):
+        print(f"WARNING: no labelled slice shows the class {name}: it cannot be learned", flush=True)
     student, teacher, fm, optimizer = build(s, device)
-    run = make_run_folder(s)
-
-    shown = data.to_grid(torch.from_numpy(data.read_image(val_cases[0].image)[0]))
-    sample = data.crop_center(shown[len(shown) // 2])[None]  # (1,crop,crop), for the figure of model.py
-    if not s.supervised:
+    run = Path(s.resume) if s.resume else make_run_folder(s, {"labelled": labelled_cases, "unlabelled": unlabelled_cases, "val": val_cases})
+    at = restore(run, student, teacher, optimizer, device) if s.resume else Place()
+    record = Record(run, s.codebook_size, device, at)
+    sample = data.crop_center(data.to_grid(torch.from_numpy(data.read_image(val_cases[0].image)[0])))  # for the figure of model.py
+    fixed = {"settings": asdict(s), "classes": len(data.CLASSES), "sample": sample[len(sample) // 2][None].clone()}
+    if at.step == 0 and not s.supervised:
         snapshot(run, 0, teacher, [labelled, unlabelled], device)
-    print(f"{run}: training for {f'{s.steps} steps' if s.steps else f'{s.minutes:g} minutes'}", flush=True)
-    start, step, progress, best, checks, tokens, sums = time.perf_counter(), 0, 0.0, -1.0, 0, [], {}
-    last_line = (0, start)
-    while progress < 1:
+    print(f"{run}: training for {f'{s.steps} steps' if s.steps else f'{s.minutes:g} minutes'}, from step {at.step} on", flush=True)
+
+    every = 50 if s.steps == 0 or s.steps >= 500 else max(1, s.steps // 10)
+    start = time.perf_counter() - at.seconds
+    while at.progress < 1:
         # 1. What is random in this step, and the learning rate: the polynomial schedule of 4.2 after a short warm-up.
-        generator, pick = generators(device, s.seed, step)
+        generator, pick = generators(device, s.seed, at.step)
         for group in optimizer.param_groups:
-            group["lr"] = s.lr * min(1.0, (step + 1) / 100) * (1 - progress) ** 0.9
+            group["lr"] = s.lr * min(1.0, (at.step + 1) / 100) * (1 - at.progress) ** 0.9
         # 2. Labelled slices with their masks, unlabelled slices in a weak and a strong view of the same geometry.
-        x_l, y_l = data.weak_view(*labelled.batch(torch.randint(len(labelled), (s.batch,), generator=pick), device), generator)
+        l_numbers, u_numbers = (torch.randint(len(some), (s.batch,), generator=pick) for some in (labelled, unlabelled))
+        x_l, y_l = data.weak_view(*labelled.batch(l_numbers, device), generator)
         x_l = data.strong_view(x_l, generator)
-        x_u, _ = data.weak_view(*unlabelled.batch(torch.randint(len(unlabelled), (s.batch,), generator=pick), device), generator)
+        x_u, _ = data.weak_view(*unlabelled.batch(u_numbers, device), generator)
         x_a = data.strong_view(x_u, generator)
         # 3. The loss of the paper, or of the baseline.
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             if s.supervised:
                 loss, terms = supervised_loss(s, student, x_l, y_l)
             else:
-                loss, terms = vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, progress, generator)
+                loss, terms = vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, at.progress, generator)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"step {step}: the loss is not finite: " + show(terms))
+            slices = ", ".join(labelled.names(l_numbers) + unlabelled.names(u_numbers))
+            raise FloatingPointError(f"step {at.step}: the loss is not finite: {show(terms)}; slices: {slices}")
         # 4. Student by gradient, teacher by moving average (its first steps average less, or it would remember the start).
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        ema_update(teacher, student, min(s.alpha, 1 - 1 / (step + 1)))
-        step += 1
-        progress = step / s.steps if s.steps else (time.perf_counter() - start) / (60 * s.minutes)
-        # 5. The record: one line every 50 steps, validation ten times in a run.
-        for name, value in terms.items():
-            if name == "indices":
-                tokens.append(value)
-            else:
-                sums[name] = sums.get(name, 0.0) + value.detach()
-        if step % 50 == 0 or progress >= 1:
-            now = time.perf_counter()
-            rate = (step - last_line[0]) / (now - last_line[1])
-            line = {"step": step, "progress": round(progress, 4)}
-            line |= {name: round(total.item() / (step - last_line[0]), 5) for name, total in sums.items()}
-            if tokens:
-                used = usage(torch.cat([t.flatten() for t in tokens]), s.codebook_size)
-                line |= {"utilization": round(used.utilization, 4), "perplexity": round(used.perplexity, 1)}
-            line["steps_per_s"] = round(rate, 2)
-            append_line(run, line)
-            left = (now - start) * (1 / progress - 1) / 60 if progress < 1 else 0
-            print("  ".join(f"{k} {v:g}" for k, v in line.items()) + f"  left {left:.1f} min", flush=True)
-            last_line, tokens, sums = (step, now), [], {}
-        if progress >= (checks + 1) / 10:
-            checks += 1
+        ema_update(teacher, student, min(s.alpha, 1 - 1 / (at.step + 1)))
+        # 5. The record: a line every 50 steps, validation ten times in a run, a checkpoint with it and every minute.
+        at.step, at.seconds = at.step + 1, time.perf_counter() - start
+        at.progress = min(1.0, at.step / s.steps if s.steps else at.seconds / (60 * s.minutes))
+        record.add(terms)
+        if at.step % every and at.progress < 1:
+            continue
+        record.line(at)
+        validate = int(10 * at.progress) > at.checks
+        if validate:
+            first, at.checks = at.checks == 0, int(10 * at.progress)
             score = evaluate.mean_dice(evaluate.evaluate(teacher, val_cases, data.CLASSES, device, amp, distances=False))
-            append_line(run, {"step": step, "progress": round(progress, 4), "val_dice": round(score, 5)})
-            better = score > best
-            best = max(best, score)
-            print(f"step {step}: validation Dice of the teacher {score:.4f}{', the best so far' if better else ''}", flush=True)
-            state = {"settings": asdict(s), "classes": len(data.CLASSES), "sample": sample, "step": step, "val_dice": score,
-                     "teacher": teacher.state_dict()}
-            if better:
-                save(run / "best.pt", state)
-            save(run / "last.pt", state | {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "best": best})
-            if checks == 1 and not s.supervised:
-                snapshot(run, step, teacher, [labelled, unlabelled], device)
-    finish(s, run, labelled, unlabelled, val_cases, device, step, (time.perf_counter() - start) / 60)
+            record.write({"step": at.step, "progress": round(at.progress, 4), "val_dice": round(score, 5)})
+            print(f"step {at.step}: validation Dice of the teacher {score:.4f}{', the best so far' if score > at.best else ''}", flush=True)
+            if score > at.best:
+                at.best = score
+                save(run / "best.pt", fixed | {"step": at.step, "val_dice": score, "teacher": teacher.state_dict()})
+            if first and not s.supervised:
+                snapshot(run, at.step, teacher, [labelled, unlabelled], device)
+        if validate or at.seconds > at.saved + 60:
+            at.saved = at.seconds
+            save(run / "last.pt", {"place": asdict(at), "teacher": teacher.state_dict(), "student": student.state_dict(),
+                                   "optimizer": optimizer.state_dict()})
+    finish(s, run, labelled, unlabelled, val_cases, device, at)
 
 
-def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cases: list, device: torch.device, steps: int,
-           minutes: float) -> None:
+def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cases: list[Case], device: torch.device, at: Place) -> None:
     """The table and the picture of the best teacher, and how much of the codebook the training slices use: all in float32."""
     model, saved = evaluate.load(run, device)
     rows = evaluate.evaluate(model, val_cases, data.CLASSES, device)
     evaluate.write_csv(run / "val.csv", rows)
-    result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": steps, "minutes": round(minutes, 2), "fm": s.fm}
-    print(f"\n{run}: teacher of step {saved['step']} of {steps}, best on validation; {minutes:.1f} minutes; foundation model: {s.fm}")
+    result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": at.step}
+    result |= {"minutes": round(at.seconds / 60, 2), "fm": s.fm}
+    print(f"\n{run}: teacher of step {saved['step']} of {at.step}, best on validation; {at.seconds / 60:.1f} minutes; "
+          f"foundation model: {s.fm}")
     if not s.supervised:
-        used = snapshot(run, steps, model, [labelled, unlabelled], device)
+        used = snapshot(run, at.step, model, [labelled, unlabelled], device)
         result |= {"utilization": used.utilization, "perplexity": used.perplexity}
         print(f"codebook over all training slices: {used.utilization:.1%} of {s.codebook_size} in use, perplexity {used.perplexity:.0f}")
     print(evaluate.table(rows))
@@ -234,9 +242,89 @@ def snapshot(run: Path, step: int, teacher: VQSeg, sets: list[Slices], device: t
     """Add the codebook, and how often the training slices use each codeword, to RUN/codebooks.pt; `python vq.py RUN` draws it."""
     counts = evaluate.codeword_counts(teacher, sets, device)
     path = run / "codebooks.pt"
-    earlier = torch.load(path, weights_only=True) if path.exists() else []
+    earlier = [e for e in torch.load(path, weights_only=True) if e["step"] < step] if path.exists() else []
     save(path, earlier + [{"step": step, "codebook": teacher.quantizer.codebook.detach().cpu(), "counts": counts}])
     return usage(torch.repeat_interleave(counts), len(counts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record, and going on where a run stopped
+
+
+class Record:
+    """Means of the terms since the last line: one line on the screen, the same as JSON in RUN/log.jsonl."""
+
+    def __init__(self, run: Path, codebook_size: int, device: torch.device, at: Place):
+        self.path, self.low = run / "log.jsonl", 0
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+        self.clear()
+        # A run that is resumed writes the lines after its checkpoint again: take out those, and one torn by the crash.
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [text for text in lines if text.endswith("\n") and json.loads(text)["step"] <= at.step]
+        self.path.with_suffix(".tmp").write_text("".join(kept))
+        os.replace(self.path.with_suffix(".tmp"), self.path)
+
+    def clear(self) -> None:
+        self.since, self.steps, self.sums, self.times = time.perf_counter(), 0, {}, {}
+        self.counts.zero_()
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        self.steps += 1
+        for name, value in terms.items():
+            if name == "indices":
+                self.counts += torch.bincount(value.flatten(), minlength=len(self.counts))
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+                self.times[name] = self.times.get(name, 0) + 1
+
+    def line(self, at: Place) -> None:
+        line = {"step": at.step, "progress": round(at.progress, 4)}
+        line |= {name: round(total.item() / self.times[name], 5) for name, total in self.sums.items()}
+        if self.counts.any():
+            used = usage(torch.repeat_interleave(self.counts), len(self.counts))
+            line |= {"utilization": round(used.utilization, 4), "perplexity": round(used.perplexity, 1)}
+            self.low = self.low + 1 if used.utilization < 0.05 else 0
+            if self.low == 10:
+                print("WARNING: under 5 % of the codebook in use for ten lines: QPM has nothing to exchange; see usage_loss in vq.py")
+        line["steps_per_s"] = round(self.steps / (time.perf_counter() - self.since), 2)
+        left = at.seconds * (1 / at.progress - 1) / 60
+        print("  ".join(f"{k} {v:g}" for k, v in line.items()) + f"  left {left:.1f} min", flush=True)
+        self.write(line)
+        self.clear()
+
+    def write(self, line: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def restore(run: Path, student: VQSeg, teacher: VQSeg, optimizer: torch.optim.Optimizer, device: torch.device) -> Place:
+    """Weights and optimizer as the last checkpoint has them; a run that was stopped before its first one starts anew."""
+    path = run / "last.pt"
+    if not path.exists():
+        return Place()
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        student.load_state_dict(saved["student"])
+        teacher.load_state_dict(saved["teacher"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return Place(**saved["place"])
+    except evaluate.NOT_OURS as error:
+        raise BadInput(f"{path}: not a checkpoint of this run ({str(error).split(chr(10))[0]}); remove it to start the run anew") from None
+
+
+def save(path: Path, state: object) -> None:
+    """Whole or not at all: write beside it, sync, rename."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path}: cannot be written ({reason}); the one before is whole: make room, then --resume {path.parent}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,12 +365,12 @@ def build(s: Settings, device: torch.device) -> tuple[VQSeg, VQSeg, nn.Module | 
     return student, teacher, fm, torch.optim.AdamW(student.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
 
 
-def make_run_folder(s: Settings) -> Path:
+def make_run_folder(s: Settings, cases: dict[str, list[Case]]) -> Path:
     """A new folder with the record of what is about to run. A folder that holds a run already is never written over."""
     name = "supervised" if s.supervised else f"vqseg-{s.perturb}"
     run = Path(s.out or f"runs/{s.data}-{s.labeled}-{name}-seed{s.seed}")
     if s.out and (run / "record.json").exists():
-        raise BadInput(f"--out {run}: holds a run already; give another folder, or remove this one")
+        raise BadInput(f"--out {run}: holds a run already; --resume {run} goes on with it, or give another folder")
     number = 2
     while not s.out and run.exists():
         run = run.with_name(f"{run.name.split('.')[0]}.{number}")
@@ -292,23 +380,11 @@ def make_run_folder(s: Settings) -> Path:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip()
     record = {"settings": asdict(s), "command": sys.argv, "commit": commit or "unknown", "torch": torch.__version__,
               "numpy": np.__version__, "python": sys.version.split()[0], "chosen_on": "val"}
-    (run / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    record |= {part: [case.name for case in some] for part, some in cases.items()}
+    (run / "record.tmp").write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(run / "record.tmp", run / "record.json")
+    s.out = str(run)
     return run
-
-
-def append_line(run: Path, line: dict) -> None:
-    with open(run / "log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def save(path: Path, state: dict) -> None:
-    """Whole or not at all: write beside it, sync, rename."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def show(terms: dict[str, Tensor]) -> str:
@@ -317,14 +393,17 @@ def show(terms: dict[str, Tensor]) -> str:
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
     """The command line, with the defaults that depend on the data set filled in and every range checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         flag, about = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if isinstance(f.default, bool):
             parser.add_argument(flag, action="store_true", help=about)
         else:
-            parser.add_argument(flag, type=type(f.default), default=f.default, choices=f.metadata["choices"], help=about)
-    s = Settings(**vars(parser.parse_args(arguments)))
+            parser.add_argument(flag, type=type(f.default), choices=f.metadata["choices"], help=f"{about} (default: {f.default})")
+    given = vars(parser.parse_args(arguments))  # only what stands on the command line
+    if "resume" in given:
+        return resumed_settings(given)
+    s = Settings(**given)
     if s.labeled == -1:
         s.labeled = 3 if s.data == "phantom" else 7
     if not s.minutes and not s.steps:
@@ -345,9 +424,29 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     return s
 
 
-def main() -> None:
+def resumed_settings(given: dict) -> Settings:
+    """The settings that a run began with. A flag that says otherwise is refused: it would be another run."""
+    run = given["resume"]
     try:
-        train(read_settings())
+        recorded = json.loads((Path(run) / "record.json").read_text())["settings"]
+        s = Settings(**recorded | {"resume": run, "out": run})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(f"--resume {run}: holds no run of train.py; give the folder that it printed") from None
+    for name, value in given.items():
+        if name not in ("resume", "out") and value != recorded[name]:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"{flag} {value}: the run in {run} began with {recorded[name]}; leave the flag out, or start a new run")
+    return s
+
+
+def main() -> None:
+    s = None
+    try:
+        s = read_settings()
+        train(s)
+    except KeyboardInterrupt:
+        print(f"train.py: stopped; go on with: python train.py --resume {s.out}" if s and s.out else "train.py: stopped", file=sys.stderr)
+        sys.exit(130)
     except (BadInput, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)

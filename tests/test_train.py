@@ -7,11 +7,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
 import data
 import evaluate
+import qpm
 import train
 from data import BadInput
 from train import Settings
@@ -47,8 +50,49 @@ def same_weights(a: dict, b: dict) -> bool:
 def test_eq12_is_the_weighted_sum_of_the_printed_terms(progress, share):
     s = replace(SMALL, lambda_u=0.7, lambda_a=3.0, lambda_rec=2.0, lambda_vq=0.4, warmup=0.1)
     _, _, loss, t = one_step(s, progress)
-    l_l, l_u = 2.0 * t["rec_l"] + t["seg_l"], 2.0 * t["rec_u"] + t["seg_u"]
+    assert ("seg_u" in t) == ("rec_u" in t) == (share > 0)  # a term that is not there is not printed as 0
+    l_l, l_u = 2.0 * t["rec_l"] + t["seg_l"], 2.0 * t["rec_u"] + t["seg_u"] if share else 0.0
     assert loss.item() == pytest.approx((l_l + 0.7 * share * l_u + 3.0 * t["align"] + 0.4 * t["vq"]).item(), rel=1e-5)
+
+
+def test_a_step_is_figure_2_walked_by_hand():
+    """Who sees what: each term again, from the networks' parts, one branch at a time."""
+    s = replace(SMALL, tau=0.2, lambda_dice=0.5, temperature=0.3, eps=0.6, threshold=0.3)
+    student, teacher, fm, _ = train.build(s, CPU)
+    g = torch.Generator().manual_seed(5)
+    for p in teacher.parameters():  # a teacher that says something else than the student
+        p.add_(0.3 * p.std() * torch.randn(p.shape, generator=g))
+    x_l, x_u, x_a = (torch.rand(2, 1, 64, 64, generator=g) for _ in range(3))
+    y_l = torch.randint(0, 4, (2, 64, 64), generator=g)
+    _, terms = train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, 1.0, torch.Generator().manual_seed(9))
+
+    def seg(logits, y, keep=None):
+        log_p, keep = logits.log_softmax(1), torch.ones(y.shape) if keep is None else keep
+        ce = -(log_p.gather(1, y[:, None])[:, 0] * keep).mean()
+        dices = []
+        for c in (1, 2, 3):
+            p, t = log_p[:, c].exp() * keep, (y == c) * keep
+            dices.append((2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
+        return (ce + 0.5 * (1 - sum(dices) / 3)).item()
+
+    with torch.no_grad():
+        (z_l, skips_l), (z_a, skips_a) = student.encoder(x_l), student.encoder(x_a)
+        q_l, q_a = student.quantizer(z_l), student.quantizer(z_a)
+        assert terms["seg_l"].item() == pytest.approx(seg(student.segmentation_decoder(q_l.codes, skips_l), y_l), rel=1e-4)
+        assert terms["rec_l"].item() == pytest.approx((student.image_decoder(q_l.codes) - x_l).abs().mean().item(), rel=1e-4)
+        assert terms["rec_u"].item() == pytest.approx((student.image_decoder(q_a.codes) - x_u).abs().mean().item(), rel=1e-4)
+        drawn = qpm.perturb(q_a.indices, student.quantizer.codebook, 0.6, 0.3, torch.Generator().manual_seed(9))
+        assert (drawn != q_a.indices).any()
+        confidence, label = teacher(x_u).softmax(1).max(1)
+        expected = seg(student.segmentation_decoder(student.quantizer.indices_to_codes(drawn), skips_a), label, (confidence >= 0.3).float())
+        assert terms["seg_u"].item() == pytest.approx(expected, rel=1e-4)
+        assert terms["kept"].item() == pytest.approx((confidence >= 0.3).float().mean().item())
+        infonce = []
+        for codes, x in ((q_l.codes, x_l), (q_a.codes, x_u)):
+            a, b = student.adapter(codes, (4, 4)).flatten(2), fm(x).flatten(2)
+            sim = torch.nn.functional.cosine_similarity(a[:, :, :, None], b[:, :, None, :], dim=1) / 0.2  # (B,N,N)
+            infonce.append(-sim.log_softmax(2).diagonal(dim1=1, dim2=2).mean().item())
+        assert terms["align"].item() == pytest.approx(sum(infonce) / 2, rel=1e-4)
 
 
 def test_every_part_of_the_student_learns_and_the_teacher_does_not():
@@ -110,12 +154,19 @@ def test_a_short_run_writes_its_record_and_evaluate_reads_it(phantom_copy, tmp_p
     written = {p.name for p in out.iterdir()}
     assert written == {"record.json", "log.jsonl", "best.pt", "last.pt", "val.csv", "predictions.png", "result.json", "codebooks.pt"}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    losses = next(line for line in lines if "loss" in line)
+    losses = [line for line in lines if "loss" in line][-1]
     assert {"seg_l", "rec_l", "seg_u", "rec_u", "align", "vq", "kept", "utilization", "perplexity", "steps_per_s"} <= set(losses)
-    assert last["step"] == 5 and max(line.get("val_dice", 0) for line in lines) == pytest.approx(last["best"], abs=1e-5)
+    assert last["place"]["step"] == 5 and max(line.get("val_dice", 0) for line in lines) == pytest.approx(last["place"]["best"], abs=1e-5)
     rows = evaluate.evaluate(evaluate.load(out, CPU)[0], data.find_cases(phantom_copy, ["006"], True), data.CLASSES, CPU)
     assert evaluate.mean_dice(rows) == pytest.approx(json.loads((out / "result.json").read_text())["val_dice"], abs=1e-6)
     assert "empty predictions" in capsys.readouterr().out
+
+
+def test_teacher_follows_the_student_by_alpha_and_averages_less_at_first(phantom_copy, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "ema_update", lambda teacher, student, alpha: seen.append((teacher is not student, alpha)))
+    run(phantom_copy, tmp_path / "run", alpha=0.6)
+    assert seen == [(True, 0.0), (True, 0.5), (True, 0.6), (True, 0.6), (True, 0.6)]
 
 
 def test_same_seed_same_weights_to_the_bit_and_another_seed_others(phantom_copy, tmp_path):
@@ -145,9 +196,37 @@ def test_training_does_not_ask_for_test_patients_and_evaluate_names_them(phantom
 
 def test_non_finite_loss_stops_loudly_with_its_terms(phantom_copy, tmp_path, monkeypatch):
     monkeypatch.setattr(train.losses, "reconstruction_loss", lambda x_hat, x: x_hat.sum() * float("nan"))
-    with pytest.raises(FloatingPointError, match=r"step 0: the loss is not finite.*rec_l=nan"):
+    with pytest.raises(FloatingPointError, match=r"step 0: the loss is not finite.*rec_l=nan.*slices: patient00._frame.. slice \d+, "):
         run(phantom_copy, tmp_path / "a")
     assert not (tmp_path / "a" / "last.pt").exists()
+
+
+def test_a_dead_codebook_is_warned_of(tmp_path, capsys):
+    record = train.Record(tmp_path, 64, CPU, train.Place())
+    for step in range(1, 11):
+        assert "WARNING" not in capsys.readouterr().out
+        record.add({"loss": torch.tensor(1.0), "indices": torch.full((2, 4, 4), 7)})
+        record.line(train.Place(step=step, seconds=1.0, progress=0.5))
+    assert "WARNING: under 5 % of the codebook in use" in capsys.readouterr().out
+
+
+def test_a_class_that_no_labelled_slice_shows_is_warned_of(phantom_copy, tmp_path, capsys):
+    for mask in (phantom_copy / "training").glob("patient00[12]/*_gt.nii.gz"):
+        file = nib.load(mask)
+        labels = np.asarray(file.dataobj).copy()
+        labels[labels == 1] = 0
+        nib.save(nib.Nifti1Image(labels, file.affine), mask)
+    run(phantom_copy, tmp_path / "run", steps=1, supervised=True)
+    said = capsys.readouterr().out
+    assert "WARNING: no labelled slice shows the class RV" in said and said.count("WARNING") == 1
+
+
+def test_run_folder_records_settings_versions_commit_and_patients(phantom_copy, tmp_path):
+    run(phantom_copy, tmp_path / "run", steps=1, supervised=True)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert {"settings", "command", "commit", "torch", "numpy", "python", "chosen_on"} <= set(record) and record["settings"]["seed"] == 1337
+    patients = [{name.split("_")[0] for name in record[part]} for part in ("labelled", "unlabelled", "val")]
+    assert patients == [{"patient001", "patient002"}, {"patient003", "patient004", "patient005"}, {"patient006"}]
 
 
 def test_randomness_of_a_step_is_a_function_of_seed_and_step():
@@ -196,15 +275,6 @@ def test_unknown_flag_and_unknown_choice_end_with_status_2():
         with pytest.raises(SystemExit) as stop:
             train.read_settings(flags)
         assert stop.value.code == 2
-
-
-def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
-    train.save(tmp_path / "last.pt", {"step": 1})
-    monkeypatch.setattr(torch, "save", lambda state, file: file.write(b"half") and (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
-        train.save(tmp_path / "last.pt", {"step": 2})
-    monkeypatch.undo()
-    assert torch.load(tmp_path / "last.pt", weights_only=True) == {"step": 1}
 
 
 def test_house_rules_of_imports():

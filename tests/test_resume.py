@@ -1,0 +1,145 @@
+"""Nothing is lost: runs killed at any moment, also inside a checkpoint's write, and resumed end as the uninterrupted run does."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_SPLIT
+
+import train
+from data import BadInput
+
+FLAGS = "--labeled 2 --steps 20 --batch 2 --width 8 --dim 8 --codebook-size 32 --device cpu".split()
+# A run in a process of its own, on the small phantom split, that kills itself at the n-th call of something where asked.
+DRIVER = f"""
+import os, signal, sys
+import torch, data, train
+data.PHANTOM_SPLIT = {SMALL_SPLIT!r}
+torch.set_num_threads(2)
+where, n = sys.argv.pop(1), int(sys.argv.pop(1))
+def dying(original, calls=[0]):
+    def call(*a, **k):
+        calls[0] += 1
+        if calls[0] == n:
+            if where == "write":
+                a[1].write(b"half of a checkpoint")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*a, **k)
+    return call
+if where == "write": torch.save = dying(torch.save)
+if where == "fsync": os.fsync = dying(os.fsync)
+if where == "rename": os.replace = dying(os.replace)
+if where == "step": train.ema_update = dying(train.ema_update)
+train.main()
+"""
+
+
+def start(root: Path, out: Path, where: str = "nowhere", n: int = 0) -> subprocess.Popen:
+    go = ["--resume", str(out)] if (out / "record.json").exists() else ["--root", str(root), "--out", str(out), *FLAGS]
+    command = [sys.executable, "-c", DRIVER, where, str(n), *go]
+    return subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(out: Path) -> tuple[dict, list]:
+    """Everything that must be equal: the checkpoint but for its times, the best one, and the log but for its speed."""
+    last, best = (torch.load(out / name, weights_only=True) for name in ("last.pt", "best.pt"))
+    place = {k: v for k, v in last.pop("place").items() if k not in ("seconds", "saved")}
+    lines = [{k: v for k, v in json.loads(line).items() if k != "steps_per_s"} for line in (out / "log.jsonl").read_text().splitlines()]
+    return {"last": last, "best": best["teacher"]}, [place, best["step"], best["val_dice"], lines]
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_phantom, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    began = time.perf_counter()
+    process = start(small_phantom, out)
+    assert process.wait() == 0, process.stderr.read()
+    return outcome(out), time.perf_counter() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_five_times_and_resumed_ends_bitwise_as_the_uninterrupted_run(seed, small_phantom, tmp_path, uninterrupted):
+    expected, seconds = uninterrupted
+    rng, out, deaths = random.Random(seed), tmp_path / "run", 0
+    # The first life ends by the clock, the others inside their n-th write, sync, rename or step: none gets to the end.
+    for where in ["clock", *rng.sample(["write", "fsync", "rename", "step"], 4)]:
+        process = start(small_phantom, out, where, rng.randint(1, 3))
+        if where == "clock":
+            time.sleep(rng.uniform(0.3, 0.6) * seconds)
+            process.kill()
+        deaths += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+    process = start(small_phantom, out)
+    assert process.wait() == 0, process.stderr.read()
+    (weights, rest), (expected_weights, expected_rest) = outcome(out), expected
+    assert deaths == 5 and rest == expected_rest and equal(weights, expected_weights)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(small_phantom, tmp_path):
+    out = tmp_path / "run"
+    process = start(small_phantom, out)
+    while not (out / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait() == 130
+    assert process.stderr.read() == f"train.py: stopped; go on with: python train.py --resume {out}\n"
+    torch.load(out / "last.pt", weights_only=True)
+
+
+def test_settings_that_contradict_the_resumed_run_are_refused_with_the_difference(tmp_path):
+    s = train.Settings(lr=0.5, out=str(tmp_path), labeled=2)
+    (tmp_path / "record.json").write_text(json.dumps({"settings": train.asdict(s)}))
+    assert train.read_settings(["--resume", str(tmp_path), "--lr", "0.5"]).lr == 0.5
+    with pytest.raises(BadInput, match="--lr 0.003: the run in .* began with 0.5; leave the flag out"):
+        train.read_settings(["--resume", str(tmp_path), "--lr", "3e-3"])  # the default, but given by hand
+    for nothing in (tmp_path / "no such", tmp_path / "record.json"):
+        with pytest.raises(BadInput, match="holds no run of train.py"):
+            train.read_settings(["--resume", str(nothing)])
+
+
+def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays_whole(tmp_path, monkeypatch):
+    train.save(tmp_path / "last.pt", {"step": 1})
+
+    def full(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(BadInput, match=r"last.pt: cannot be written .*No space left.*make room, then --resume"):
+        train.save(tmp_path / "last.pt", {"step": 2})
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "last.pt", weights_only=True) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "pickle"])
+def test_a_foreign_or_truncated_checkpoint_is_refused_and_runs_no_code(content, small_phantom, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    path = tmp_path / "last.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(Malicious(), path)
+    student, teacher, _, optimizer = train.build(train.Settings(width=8, dim=8, codebook_size=32), torch.device("cpu"))
+    with pytest.raises(BadInput, match="last.pt: not a checkpoint of this run"):
+        train.restore(tmp_path, student, teacher, optimizer, torch.device("cpu"))
+    assert not (tmp_path / "owned").exists()
