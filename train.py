@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -145,7 +146,8 @@ class Place:
     saved: float = 0.0  # seconds at the last checkpoint
 
 
-def train(s: Settings) -> None:
+def train(s: Settings, stop: list[str]) -> None:
+    """Ctrl-C fills `stop`; the loop then ends at its next line, where a checkpoint goes on bitwise as if nothing had happened."""
     device = pick_device(s.device)
     amp = has_bfloat16(device)
     # Everything the run needs is found, read and checked before anything is written.
@@ -212,10 +214,12 @@ def train(s: Settings) -> None:
                 save(run / "best.pt", fixed | {"step": at.step, "val_dice": score, "teacher": teacher.state_dict()})
             if first and not s.supervised:
                 snapshot(run, at.step, teacher, [labelled, unlabelled], device)
-        if validate or at.seconds > at.saved + 60:
+        if validate or stop or at.seconds > at.saved + 60:
             at.saved = at.seconds
             save(run / "last.pt", {"place": asdict(at), "teacher": teacher.state_dict(), "student": student.state_dict(),
                                    "optimizer": optimizer.state_dict()})
+        if stop:
+            raise KeyboardInterrupt
     finish(s, run, labelled, unlabelled, val_cases, device, at)
 
 
@@ -440,10 +444,18 @@ def resumed_settings(given: dict) -> Settings:
 
 
 def main() -> None:
-    s = None
+    s, stop = None, []
+
+    def on_ctrl_c(*_) -> None:
+        if stop:
+            raise KeyboardInterrupt
+        stop.append("Ctrl-C")
+        print("stopping at the next line, with a checkpoint; Ctrl-C again stops at once", flush=True)
+
     try:
         s = read_settings()
-        train(s)
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        train(s, stop)
     except KeyboardInterrupt:
         print(f"train.py: stopped; go on with: python train.py --resume {s.out}" if s and s.out else "train.py: stopped", file=sys.stderr)
         sys.exit(130)

@@ -94,16 +94,21 @@ def test_killed_five_times_and_resumed_ends_bitwise_as_the_uninterrupted_run(see
     assert not list(out.glob("*.tmp"))
 
 
-def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(small_phantom, tmp_path):
+def test_ctrl_c_leaves_a_checkpoint_of_that_moment_and_says_how_to_go_on(small_phantom, tmp_path, uninterrupted):
     out = tmp_path / "run"
     process = start(small_phantom, out)
-    while not (out / "last.pt").exists():
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait() == 130
     assert process.stderr.read() == f"train.py: stopped; go on with: python train.py --resume {out}\n"
-    torch.load(out / "last.pt", weights_only=True)
+    place, lines = torch.load(out / "last.pt", weights_only=True)["place"], (out / "log.jsonl").read_text().splitlines()
+    assert 0 < place["step"] < 20 and json.loads(lines[-1])["step"] == place["step"]
+    process = start(small_phantom, out)
+    assert process.wait() == 0, process.stderr.read()
+    (weights, rest), (expected_weights, expected_rest) = outcome(out), uninterrupted[0]
+    assert rest == expected_rest and equal(weights, expected_weights)
 
 
 def test_settings_that_contradict_the_resumed_run_are_refused_with_the_difference(tmp_path):

@@ -35,7 +35,7 @@ def one_step(s: Settings, progress: float = 1.0, seed: int = 0):
 
 
 def run(root: Path, out: Path, **changes) -> dict:
-    train.train(replace(SMALL, root=str(root), out=str(out), **changes))
+    train.train(replace(SMALL, root=str(root), out=str(out), **changes), [])
     return torch.load(out / "last.pt", weights_only=True)
 
 
