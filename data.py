@@ -108,14 +108,14 @@ def find_cases(root: Path, patients: list[str], need_masks: bool) -> list[Case]:
 class Volume(NamedTuple):
     voxels: np.ndarray  # (Z,H,W); nibabel gives (x,y,z), turned over here. Slope and intercept are applied
     spacing: tuple[float, ...]  # (z,y,x) in mm: the header's zooms, for the affine's unit scales are wrong in ACDC
-    axes: tuple[str, ...]  # where x, y, z run to, as ("L","P","S"); voxels stay as stored, as in the field's protocol
+    affine: np.ndarray  # (4,4) voxel (x,y,z,1) -> mm. Voxels stay as stored, as in the field's protocol
 
 
 def read_nifti(path: Path) -> Volume:
     try:
         file = nib.load(path)
         volume = np.asanyarray(file.dataobj)
-        spacing, axes = tuple(float(s) for s in file.header.get_zooms()[:3])[::-1], nib.aff2axcodes(file.affine)
+        spacing, affine = tuple(float(s) for s in file.header.get_zooms()[:3])[::-1], np.array(file.affine)
     except Exception as error:  # a damaged header can make nibabel fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path}: cannot be read as NIfTI ({reason}); copy the file again from your download") from None
@@ -125,7 +125,7 @@ def read_nifti(path: Path) -> Volume:
         volume = volume.reshape(volume.shape[:3])
     if volume.ndim != 3 or 0 in volume.shape:
         raise BadInput(f"{path}: has shape {volume.shape} but one 3-D volume (x, y, z) is needed; give one frame per file")
-    return Volume(volume.transpose(2, 1, 0), spacing, axes)
+    return Volume(volume.transpose(2, 1, 0), spacing, affine)
 
 
 def read_image(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
@@ -142,12 +142,13 @@ def read_image(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
 def read_mask(case: Case, shape: tuple[int, ...], classes: int) -> np.ndarray:
     """The case's mask for an image of this shape: (Z,H,W) uint8 with values in [0, classes)."""
     path = case.mask
-    mask, _, axes = read_nifti(path)
+    mask, _, affine = read_nifti(path)
     if mask.shape != shape:
         raise BadInput(f"{path}: mask of shape {mask.shape[::-1]} for an image of shape {shape[::-1]}; they must be equal")
-    expected = nib.aff2axcodes(nib.load(case.image).affine)
-    if axes != expected:
-        raise BadInput(f"{path}: its axes run to {axes}, those of its image to {expected}; store both the same way")
+    expected = nib.load(case.image).affine
+    apart = (np.abs(affine - expected)[:3] @ [*mask.shape[::-1], 1]).max()  # mm, at most, over all voxels
+    if not apart <= np.linalg.norm(expected[:3, :3], axis=0).min() / 2:
+        raise BadInput(f"{path}: by its header it lies up to {apart:.0f} mm away from its image; store both with the same affine")
     wrong = [v for v in np.unique(mask).tolist() if v not in range(classes)]
     if wrong:
         raise BadInput(f"{path}: label value {wrong[0]:g} is not one of 0 to {classes - 1}; remap the mask's labels")

@@ -87,7 +87,7 @@ def test_unlabelled_cases_need_no_mask_and_never_read_one(phantom_copy):
     assert len(unlabelled) == 6 and not masks.any()
 
 
-def damage(root: Path, how: str) -> Path:
+def damage(root: Path, how: str, monkeypatch) -> Path:
     """Spoil labelled patient 001 in one way and return the file or folder that the message must name."""
     folder = root / "training" / "patient001"
     image = folder / "patient001_frame01.nii.gz"
@@ -104,11 +104,30 @@ def damage(root: Path, how: str) -> Path:
         return write(mask, labels[:-1])
     if how == "label 7":
         labels[0, 0, 0] = 7
-        return write(mask, labels)
+        return write(mask, labels, (1.8, 1.8, 9.0))
     if how == "mask flipped":
-        return write(mask, labels, (-1.5, 1.4, 8.0))
+        return write(mask, labels, (-1.8, 1.8, 9.0))
+    if how == "mask of another spacing":
+        return write(mask, labels, (1.9, 1.8, 9.0))
+    if how == "mask elsewhere":
+        affine = nib.load(image).affine.copy()
+        affine[1, 3] += 1.0
+        nib.save(nib.Nifti1Image(labels, affine), mask)
+        return mask
+    if how == "patient twice":
+        (root / "patient001").mkdir()
+        return root / "patient001"
+    if how == "folder unreadable":
+        monkeypatch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        return folder
+    if how == ".nii and .nii.gz":
+        (folder / "patient001_frame01.nii").write_bytes(gzip.decompress(image.read_bytes()))
+        return folder / "patient001_frame01.nii"
+    if how == "symlink loop":
+        image.unlink()
+        image.symlink_to(image)
     if how == "label not whole":
-        return write(mask, labels.astype(np.float32) + 0.5)
+        return write(mask, labels.astype(np.float32) + 0.5, (1.8, 1.8, 9.0))
     if how == "truncated gzip":
         image.write_bytes(image.read_bytes()[:2000])
     elif how == "empty file":
@@ -140,11 +159,14 @@ def damage(root: Path, how: str) -> Path:
         ("truncated gzip", "cannot be read as NIfTI"),
         ("empty file", "cannot be read as NIfTI"), ("not nifti", "cannot be read as NIfTI"), ("NaN", "NaN or infinite"),
         ("4-D", "one 3-D volume"), ("2-D", "one 3-D volume"), ("5-D", "one 3-D volume"), ("RGB", "not numbers"),
-        ("infinite", "NaN or infinite"), ("mask flipped", "store both the same way"),
+        ("infinite", "NaN or infinite"), ("mask flipped", "store both with the same affine"),
+        ("mask of another spacing", "store both with the same affine"), ("mask elsewhere", "up to 1 mm away from its image"),
+        ("patient twice", "there is another one"), (".nii and .nii.gz", "is there as .nii and as .nii.gz; remove one"),
+        ("folder unreadable", "cannot be opened (Permission denied)"), ("symlink loop", "cannot be read as NIfTI"),
     ],
 )  # fmt: skip
-def test_bad_file_is_refused_in_one_line_that_names_it(phantom_copy, how, says):
-    guilty = damage(phantom_copy, how)
+def test_bad_file_is_refused_in_one_line_that_names_it(phantom_copy, monkeypatch, how, says):
+    guilty = damage(phantom_copy, how, monkeypatch)
     with pytest.raises(BadInput) as error:
         Slices(data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 2)[0])
     message = str(error.value)
@@ -202,27 +224,6 @@ def test_odd_but_right_file_is_read_rightly(tmp_path, how):
     assert np.array_equal(data.read_mask(case, image.shape, 4), (values > np.median(values)).transpose(2, 1, 0))
     images, masks = Slices([case]).batch(torch.tensor([0]), CPU)
     assert images.shape == (1, 1, data.GRID, data.GRID) and torch.isfinite(images).all() and masks.dtype == torch.uint8
-
-
-def test_folders_that_cannot_be_used_are_named(phantom_copy, monkeypatch):
-    folder = phantom_copy / "training" / "patient001"
-    twice = phantom_copy / "patient001"
-    twice.mkdir()
-    with pytest.raises(BadInput, match=f"{twice}: there is another one"):
-        data.find_cases(phantom_copy, ["001"], True)
-    twice.rmdir()
-    image = folder / "patient001_frame01.nii.gz"
-    (folder / "patient001_frame01.nii").write_bytes(gzip.decompress(image.read_bytes()))
-    with pytest.raises(BadInput, match="is there as .nii and as .nii.gz"):
-        data.find_cases(phantom_copy, ["001"], True)
-    (folder / "patient001_frame01.nii").unlink()
-    image.unlink()
-    image.symlink_to(image)  # a loop
-    with pytest.raises(BadInput, match="patient001_frame01.nii.gz: cannot be read as NIfTI"):
-        Slices(data.find_cases(phantom_copy, ["001"], True))
-    monkeypatch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(BadInput, match=f"{folder}: cannot be opened .Permission denied"):
-        data.find_cases(phantom_copy, ["001"], True)
 
 
 def test_damaged_bytes_are_read_or_refused_and_nothing_else(tmp_path):
