@@ -11,8 +11,8 @@ The paper does not say:
   - what is quantized when a decoder has skip connections. We quantize the deepest map; the segmentation decoder also gets
     the shallower maps, unquantized, as in the authors' release. The image decoder must not, or it would copy the image.
   - how tokens are scaled. Ours go through a 1x1 convolution to few channels, lose their mean and variance per image and
-    channel, and get unit length, like the codewords. With raw features a codebook collapses; with this, 99 % of 1024
-    codewords were in use after 825 steps on ACDC (README).
+    channel, and get unit length, like the codewords. With raw features a codebook collapses; with this, all 1024
+    codewords are in use at the end of the README's ACDC run.
 The paper's encoder is DINOv2; the default here is a small convolutional one that trains from scratch on two CPU cores.
 GroupNorm everywhere: it has no running statistics, so the EMA teacher has no buffers to forget, and a batch split over
 several GPUs gives the same result as one.

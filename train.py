@@ -233,7 +233,7 @@ def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cas
     print(f"\n{run}: teacher of step {saved['step']} of {at.step}, best on validation; {at.seconds / 60:.1f} minutes; "
           f"foundation model: {s.fm}")
     if not s.supervised:
-        used = snapshot(run, at.step, model, [labelled, unlabelled], device)
+        used = snapshot(run, saved["step"], model, [labelled, unlabelled], device)
         result |= {"utilization": used.utilization, "perplexity": used.perplexity}
         print(f"codebook over all training slices: {used.utilization:.1%} of {s.codebook_size} in use, perplexity {used.perplexity:.0f}")
     print(evaluate.table(rows))

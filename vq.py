@@ -155,7 +155,7 @@ def main() -> None:
         K, share = len(active), active.double().mean().item()
         axis.scatter(x[active], y[active], s=8, color="#0072B2", label=f"active: {active.sum()} of {K}")
         axis.scatter(x[~active], y[~active], s=14, color="#D55E00", marker="x", label=f"inactive: {(~active).sum()}")
-        axis.set(title=f"step {snapshot['step']}: {share:.1%} in use", xlabel="first principal direction", aspect="equal")
+        axis.set(title=f"step {snapshot['step']}: {share:.1%} in use", xlabel="first principal direction", aspect="equal", xlim=(-1, 1), ylim=(-1, 1.3))
         axis.legend(fontsize=8, loc="upper right")
         print(f"step {snapshot['step']}: {share:.1%} of {K} codewords in use over the training slices")
     axes[0].set_ylabel("second principal direction")

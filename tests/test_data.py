@@ -151,6 +151,15 @@ def damage(root: Path, how: str, monkeypatch) -> Path:
     return image
 
 
+def test_mask_whose_sform_is_not_its_images_is_taken_when_the_qforms_agree_as_in_acdc(tmp_path):
+    image, mask = write(tmp_path / "a.nii.gz", np.ones((6, 5, 2), np.int16)), write(tmp_path / "a_gt.nii.gz", np.ones((6, 5, 2), np.uint8))
+    file = nib.load(image)
+    file.set_sform(np.eye(4), code=1)  # unit scales, beside a qform with the true ones
+    nib.save(file, image)
+    case = data.Case("a", image, mask)
+    assert data.read_image(image)[1] == pytest.approx((8.0, 1.4, 1.5)) and data.read_mask(case, (2, 5, 6), 4).all()
+
+
 @pytest.mark.parametrize(
     "how, says",
     [
