@@ -229,9 +229,9 @@ def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cas
     rows = evaluate.evaluate(model, val_cases, data.CLASSES, device)
     evaluate.write_csv(run / "val.csv", rows)
     result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": at.step}
-    result |= {"minutes": round(at.seconds / 60, 2), "fm": s.fm}
+    result |= {"minutes": round(at.seconds / 60, 2), "fm": "none" if s.supervised else s.fm}
     print(f"\n{run}: teacher of step {saved['step']} of {at.step}, best on validation; {at.seconds / 60:.1f} minutes; "
-          f"foundation model: {s.fm}")
+          f"foundation model: {result['fm']}")
     if not s.supervised:
         used = snapshot(run, saved["step"], model, [labelled, unlabelled], device)
         result |= {"utilization": used.utilization, "perplexity": used.perplexity}
