@@ -19,6 +19,7 @@ import argparse
 import csv
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
 
 
 @torch.no_grad()
-def predict(model: VQSeg, volume: np.ndarray, device: torch.device, amp: bool = False, batch: int = 8) -> np.ndarray:
+def predict(model: Callable[[Tensor], Tensor], volume: np.ndarray, device: torch.device, amp: bool = False, batch: int = 8) -> np.ndarray:
     """(Z,H,W) float in [0,1] -> (Z,H,W) uint8 labels at native size. Each slice on its own, its central crop at once."""
     out = []
     for part in data.crop_center(data.to_grid(torch.from_numpy(volume))).split(batch):
@@ -125,7 +126,7 @@ def predict(model: VQSeg, volume: np.ndarray, device: torch.device, amp: bool = 
     return torch.cat(out).numpy()
 
 
-def evaluate(model: VQSeg, cases: list[Case], labels: list[str], device: torch.device, amp: bool = False,
+def evaluate(model: Callable[[Tensor], Tensor], cases: list[Case], labels: list[str], device: torch.device, amp: bool = False,
              distances: bool = True, mm: bool = False) -> list[Row]:
     """Score every case. Used by train.py for validation and by the command line for the table."""
     rows = []
@@ -182,6 +183,18 @@ def load(run: Path, device: torch.device) -> tuple[VQSeg, dict]:
         raise BadInput(f"{path}: not a checkpoint of this project ({str(error).split(chr(10))[0]}); train again") from None
 
 
+def perturbed(model: VQSeg, eps: float, temperature: float, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The model with QPM on the tokens of what it segments, (B,1,H,W) -> logits: how much it needs its tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def forward(x: Tensor) -> Tensor:
+        z, skips = model.encoder(x)
+        q = model.quantizer(z)
+        return model.segmentation_decoder(model.perturb(z, q.codes, q.indices, "qpm", eps, temperature, generator), skips)
+
+    return forward
+
+
 @torch.no_grad()
 def codeword_counts(model: VQSeg, sets: list[Slices], device: torch.device) -> Tensor:
     """How often each codeword occurs in the central crops of all these slices, without augmentation: (K,) int64."""
@@ -221,7 +234,7 @@ def draw(model: VQSeg, cases: list[Case], rows: list[Row], device: torch.device,
                 axis.set(xticks=[], yticks=[], ylabel=label if column == 0 else "")
                 if row == 2:
                     axis.set_xlabel(f"slice {k + 1} of {depth}", fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=60)
     plt.close(figure)
 
 
@@ -231,6 +244,7 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=["val", "test"])
     parser.add_argument("--root", default="", help="where the data is now, if not where training found it")
     parser.add_argument("--figure", type=Path, help="also draw the best, the median and the worst case into this PNG")
+    parser.add_argument("--eps", type=float, default=0.0, help="QPM of this strength on the tokens; then nothing is written")
     parser.add_argument("--mm", action="store_true", help="distances in mm, by the files' spacing, instead of voxels")
     args = parser.parse_args()
     try:
@@ -238,7 +252,10 @@ def main() -> None:
         model, saved = load(args.run, device)
         root, split = data.open_dataset(saved["settings"]["data"], args.root or saved["settings"]["root"])
         cases = data.find_cases(root, split[args.split], need_masks=True)
-        rows = evaluate(model, cases, data.CLASSES, device, mm=args.mm)
+        if not 0 <= args.eps <= 1 or (args.eps and saved["settings"]["supervised"]):
+            raise BadInput(f"--eps {args.eps}: must lie in 0 to 1, and be 0 for a run with --supervised, which has no codewords")
+        network = perturbed(model, args.eps, saved["settings"]["temperature"], device) if args.eps else model
+        rows = evaluate(network, cases, data.CLASSES, device, mm=args.mm)
     except BadInput as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     for row in rows:
@@ -247,6 +264,8 @@ def main() -> None:
     print(f"\n{args.run}: {args.split} split, teacher of step {saved['step']}, chosen on validation (Dice there {saved['val_dice']:.4f});")
     print(f"mean +- standard deviation over volumes; distances in {'mm' if args.mm else 'voxels'}")
     print(table(rows))
+    if args.eps:
+        return
     write_csv(args.run / f"{args.split}.csv", rows)
     record = {"split": args.split, "dice": mean_dice(rows), "checkpoint_step": saved["step"], "checkpoint_chosen_on": "val"}
     (args.run / f"{args.split}.json").write_text(json.dumps(record | {"val_dice": saved["val_dice"], "mm": args.mm}, indent=2) + "\n")

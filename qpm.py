@@ -114,11 +114,9 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
         drawn = []
         for part, u in zip(flat.split(max(1, 2**21 // K)), uniform.split(max(1, 2**21 // K))):
             cumulative = transition_rows(part, codebook, eps, temperature).cumsum(1)
-            total = cumulative[:, -1:]  # 1 but for rounding
-            # Subtle: strictly below the total, so that the step found there has positive probability: eps = 0 is exactly
-            # the identity, and eps = 1 never gives i back.
-            target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-            drawn.append(torch.searchsorted(cumulative, target, right=True)[:, 0])
+            # Subtle: u < 1 keeps the target below the last step, which is 1 but for rounding, and right=True passes steps of
+            # height 0: what is found has positive probability. eps = 0 is the identity; eps = 1 never gives i back.
+            drawn.append(torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0])
     return torch.cat(drawn).reshape(indices.shape)
 
 

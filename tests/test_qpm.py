@@ -75,6 +75,12 @@ def test_eq4_temperature_goes_from_nearest_neighbor_to_uniform():
     assert torch.allclose(qpm.effective_neighbors(everyone, c, math.inf), torch.full((9,), 8.0).double())
 
 
+def test_mean_displacement_is_the_expected_distance():
+    c, pi = table(7, 3), brute_force_pi(table(7, 3).numpy(), 0.6, 0.5)
+    expected = [sum(pi[i, j] * math.dist(c[i], c[j]) for j in range(7)) for i in range(7)]
+    assert qpm.mean_displacement(torch.arange(7), c, 0.6, 0.5).tolist() == pytest.approx(expected, rel=1e-5)
+
+
 def test_figure_3_numbers():
     row = qpm.transition_matrix(qpm.figure_3_codebook(), 0.7)[0].tolist()
     assert row[:2] == pytest.approx([0.30, 0.49]) and sum(row[2:]) == pytest.approx(0.21)
@@ -99,6 +105,8 @@ def test_appendix_b_bounds_hold(seed, eps):
     bound = qpm.qpm_kl_bound(c, eps).item()
     assert bound == pytest.approx(-math.log(1 - eps + eps * low), rel=1e-6)
     assert (Q >= (1 - eps + eps * low) / K - 1e-12).all() and 0 <= qpm.qpm_kl(P, Q).item() <= bound
+    at_half = qpm.qpm_kl_bound(c, eps, 0.5).item()  # temperature 0.5 doubles every distance
+    assert at_half == pytest.approx(-math.log(1 - eps + eps * low**2), rel=1e-6)
     if eps == 1.0:
         assert bound == pytest.approx(max(d) - min(d), rel=1e-6) and (Q <= min(1, 1 / low / K) + 1e-12).all()
 
@@ -118,6 +126,15 @@ def test_perturb_identity_at_eps_0_never_itself_at_eps_1_and_its_share_between()
     assert not (qpm.perturb(i, c, 1.0, 1.0, g) == i).any()
     share = (qpm.perturb(i, c, 0.7, 1.0, g) != i).float().mean().item()
     assert abs(share - 0.7) < 4 * math.sqrt(0.7 * 0.3 / i.numel())
+
+
+@pytest.mark.parametrize("K", [2, 5, 1000])
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])  # the least and the largest number that torch.rand gives in float32
+def test_perturb_at_the_ends_of_the_unit_interval_never_leaves_the_codebook_nor_gives_itself(K, u, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, u))
+    i, c = torch.arange(K), table(K, 3).float()
+    drawn = qpm.perturb(i, c, 1.0)
+    assert not (drawn == i).any() and drawn.min() >= 0 and drawn.max() < K and torch.equal(qpm.perturb(i, c, 0.0), i)
 
 
 def test_perturb_needs_no_k_by_k_table_and_leaves_the_global_generator_alone(monkeypatch):

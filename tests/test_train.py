@@ -162,6 +162,21 @@ def test_a_short_run_writes_its_record_and_evaluate_reads_it(phantom_copy, tmp_p
     assert "empty predictions" in capsys.readouterr().out
 
 
+def test_evaluation_with_qpm_perturbs_the_tokens_and_writes_nothing(phantom_copy, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run(phantom_copy, out, steps=1)
+    model, x = evaluate.load(out, CPU)[0], torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        z, skips = model.encoder(x)
+        drawn = qpm.perturb(model.quantizer(z).indices, model.quantizer.codebook, 0.9, 0.5, torch.Generator().manual_seed(0))
+        expected = model.segmentation_decoder(model.quantizer.indices_to_codes(drawn), skips)
+        assert torch.allclose(evaluate.perturbed(model, 0.9, 0.5, CPU)(x), expected, atol=1e-5)
+    before = (out / "val.csv").stat().st_mtime_ns
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), "--eps", "1"])
+    evaluate.main()
+    assert (out / "val.csv").stat().st_mtime_ns == before and not (out / "val.json").exists()
+
+
 def test_teacher_follows_the_student_by_alpha_and_averages_less_at_first(phantom_copy, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train, "ema_update", lambda teacher, student, alpha: seen.append((teacher is not student, alpha)))

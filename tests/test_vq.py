@@ -57,6 +57,8 @@ def test_usage_loss_is_minus_log_k_at_best_and_0_at_worst_and_equals_numpy():
 def test_usage_by_hand():
     used = vq.usage(torch.tensor([[0, 0], [1, 1]]), 8)
     assert used.utilization == 0.25 and used.perplexity == pytest.approx(2)
+    once = vq.usage(torch.tensor([0, 0, 0, 5]), 8)  # entropy of 3/4, 1/4
+    assert once.utilization == 0.25 and once.perplexity == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
     assert vq.usage(torch.tensor([3, 3, 3]), 8).perplexity == pytest.approx(1)
 
 
@@ -78,3 +80,12 @@ def test_codes_are_the_codebook_at_the_indices_and_of_unit_length():
     assert q.codes.shape == (2, 5, 3, 4) and q.indices.shape == (2, 3, 4) and q.loss.shape == ()
     assert torch.allclose(q.codes, quantizer.indices_to_codes(q.indices), atol=1e-6)
     assert torch.allclose(quantizer.codebook.norm(dim=1), torch.ones(16), atol=1e-5)
+
+
+def test_quantizer_loss_is_codebook_loss_plus_weighted_usage_of_an_even_sample():
+    torch.manual_seed(0)
+    quantizer = vq.VectorQuantizer(16, 5, beta=0.5, usage_weight=0.3, usage_tokens=6)
+    z = torch.randn(2, 5, 3, 4)
+    q, tokens = quantizer(z), z.permute(0, 2, 3, 1).reshape(24, 5)
+    expected = vq.codebook_loss(tokens, quantizer.codebook[q.indices.flatten()], 0.5) + 0.3 * vq.usage_loss(tokens[::4], quantizer.codebook)
+    assert q.loss.item() == pytest.approx(expected.item(), rel=1e-5)

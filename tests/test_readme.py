@@ -1,0 +1,56 @@
+"""The README keeps its word: every equation has a function and a test that exist, and every figure comes from its command."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import test_train
+
+import losses
+import model
+import qpm
+import vq
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+ROWS = re.findall(r"^\| ((?:Eq|App)\. .*?) \| (.*?) \| (.*?) \|$", README, re.M)
+
+
+def test_every_equation_has_a_row():
+    named = [n for equation, _, _ in ROWS if equation.startswith("Eq") for n in re.findall(r"\d+", equation)]
+    assert sorted(map(int, named)) == list(range(1, 13))
+    assert {equation for equation, _, _ in ROWS if equation.startswith("App")} == {"App. A", "App. B"}
+
+
+@pytest.mark.parametrize("equation, functions, tests", ROWS, ids=[row[0] for row in ROWS])
+def test_every_name_in_the_table_exists(equation, functions, tests):
+    for name in re.findall(r"`(.*?)`", functions):
+        module, function = name.split(".")
+        assert callable(getattr(importlib.import_module(module), function)), name
+    assert re.findall(r"`(.*?)`", tests), equation
+    for name in re.findall(r"`(.*?)`", tests):
+        file, function = name.split("::")
+        assert re.search(rf"^def {function}\(", (ROOT / file).read_text(), re.M), name
+
+
+def test_every_figure_of_the_readme_exists_and_every_module_is_named():
+    shown = set(re.findall(r"\((figures/.*?)\)", README))
+    assert shown == {f"figures/{f.name}" for f in (ROOT / "figures").iterdir()}
+    assert all(f"`{name}.py`" in README for name in ("vq", "qpm", "model", "losses", "data", "train", "evaluate"))
+
+
+def test_figures_come_out_of_a_run_and_a_folder_without_one_is_refused(phantom_copy, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    test_train.run(phantom_copy, run)
+    for module in (vq, qpm, model, losses):
+        picture = tmp_path / f"{module.__name__}.png"
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", str(run), "--out", str(picture)])
+        module.main()
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", str(tmp_path), "--out", str(picture)])
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and message.count("\n") == 1 and str(tmp_path) in message
