@@ -109,9 +109,7 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
         if distances:
             there, back = surface_distances(p, t, spacing)
             far = float(np.percentile(np.concatenate([there, back]), 95)), float(there.mean())
-        missed = p.any() != t.any()
-        overlap = (0.0, 0.0) if missed else (dice(p, t), jaccard(p, t))
-        rows.append(Row(case, label, *overlap, *far, bool(t.any() and not p.any())))
+        rows.append(Row(case, label, dice(p, t), jaccard(p, t), *far, bool(t.any() and not p.any())))
     return rows
 
 

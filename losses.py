@@ -79,8 +79,8 @@ def labelled_loss(x_hat: Tensor, x: Tensor, y_hat: Tensor, y: Tensor, rec_weight
 
 
 def pseudo_label(teacher_logits: Tensor, threshold: float = 0.0) -> PseudoLabel:
-    """y~_u = argmax_c D_s^T( q(z_u^T) ), without gradient; threshold is a probability in [0,1], 0 keeps every pixel."""
-    confidence, label = teacher_logits.detach().float().softmax(1).max(1)
+    """y~_u = argmax_c D_s^T( q(z_u^T) ); threshold is a probability in [0,1], 0 keeps every pixel. Neither has a gradient."""
+    confidence, label = teacher_logits.float().softmax(1).max(1)
     return PseudoLabel(label, (confidence >= threshold).float())
 
 

@@ -37,6 +37,16 @@ def test_tokens_have_unit_length_and_no_mean_direction_per_image():
     assert torch.allclose(z.norm(dim=1), torch.ones(2, 8, 8), atol=1e-5)
 
 
+def test_tokens_forget_offset_and_scale_of_their_channels():
+    model, x = small(), torch.rand(2, 1, 128, 128)
+    before, to_tokens = model.encoder(x).z, model.encoder.to_tokens
+    with torch.no_grad():
+        scale = 0.5 + 2 * torch.rand(8)
+        to_tokens.weight.mul_(scale[:, None, None, None])
+        to_tokens.bias.mul_(scale).add_(torch.randn(8))
+    assert torch.allclose(model.encoder(x).z, before, atol=1e-3)
+
+
 def test_every_slice_is_predicted_independently_of_its_batch():
     model, x = small(), torch.rand(3, 1, 64, 64)
     with torch.no_grad():
@@ -66,8 +76,8 @@ def test_qpm_gives_codewords_at_drawn_indices_and_passes_the_gradient_straight_t
     model = small()
     z = model.encoder(torch.rand(2, 1, 64, 64)).z.detach().requires_grad_()
     q = model.quantizer(z)
-    out = model.perturb(z, q.codes, q.indices, "qpm", 1.0, 1.0, torch.Generator().manual_seed(3))
-    drawn = qpm.perturb(q.indices, model.quantizer.codebook, 1.0, 1.0, torch.Generator().manual_seed(3))
+    out = model.perturb(z, q.codes, q.indices, "qpm", 0.9, 0.2, torch.Generator().manual_seed(3))
+    drawn = qpm.perturb(q.indices, model.quantizer.codebook, 0.9, 0.2, torch.Generator().manual_seed(3))
     expected = model.quantizer.codebook[drawn].permute(0, 3, 1, 2)
     assert torch.allclose(out, expected, atol=1e-6) and not torch.allclose(out, q.codes, atol=0.1)
     upstream = torch.randn(out.shape)

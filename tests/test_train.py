@@ -62,6 +62,7 @@ def test_a_step_is_figure_2_walked_by_hand():
     g = torch.Generator().manual_seed(5)
     for p in teacher.parameters():  # a teacher that says something else than the student
         p.add_(0.3 * p.std() * torch.randn(p.shape, generator=g))
+    student.segmentation_decoder.from_tokens.weight.data.mul_(30)  # at its start the decoder hears the tokens too faintly to tell
     x_l, x_u, x_a = (torch.rand(2, 1, 64, 64, generator=g) for _ in range(3))
     y_l = torch.randint(0, 4, (2, 64, 64), generator=g)
     _, terms = train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, 1.0, torch.Generator().manual_seed(9))
@@ -179,7 +180,8 @@ def test_evaluation_with_qpm_perturbs_the_tokens_and_writes_nothing(phantom_copy
 
 def test_teacher_follows_the_student_by_alpha_and_averages_less_at_first(phantom_copy, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "ema_update", lambda teacher, student, alpha: seen.append((teacher is not student, alpha)))
+    learns = lambda net: next(net.parameters()).requires_grad  # noqa: E731
+    monkeypatch.setattr(train, "ema_update", lambda teacher, student, alpha: seen.append((learns(student) and not learns(teacher), alpha)))
     run(phantom_copy, tmp_path / "run", alpha=0.6)
     assert seen == [(True, 0.0), (True, 0.5), (True, 0.6), (True, 0.6), (True, 0.6)]
 
@@ -214,6 +216,18 @@ def test_non_finite_loss_stops_loudly_with_its_terms(phantom_copy, tmp_path, mon
     with pytest.raises(FloatingPointError, match=r"step 0: the loss is not finite.*rec_l=nan.*slices: patient00._frame.. slice \d+, "):
         run(phantom_copy, tmp_path / "a")
     assert not (tmp_path / "a" / "last.pt").exists()
+
+
+def test_a_line_of_the_record_holds_the_mean_of_each_term_over_the_steps_that_have_it(tmp_path):
+    record = train.Record(tmp_path, 8, CPU, train.Place())
+    record.add({"loss": torch.tensor(1.0), "indices": torch.tensor([[[0, 1]]])})
+    record.add({"loss": torch.tensor(4.0), "seg_u": torch.tensor(0.5), "indices": torch.tensor([[[1, 1]]])})
+    record.line(train.Place(step=2, seconds=1.0, progress=0.5))
+    record.add({"loss": torch.tensor(3.0)})
+    record.line(train.Place(step=3, seconds=1.0, progress=0.6))
+    first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (first["step"], first["loss"], first["seg_u"], first["utilization"]) == (2, 2.5, 0.5, 0.25)
+    assert second["loss"] == 3.0 and "seg_u" not in second and "utilization" not in second
 
 
 def test_a_dead_codebook_is_warned_of(tmp_path, capsys):
