@@ -62,7 +62,8 @@ def test_a_step_is_figure_2_walked_by_hand():
     g = torch.Generator().manual_seed(5)
     for p in teacher.parameters():  # a teacher that says something else than the student
         p.add_(0.3 * p.std() * torch.randn(p.shape, generator=g))
-    student.segmentation_decoder.from_tokens.weight.data.mul_(30)  # at its start the decoder hears the tokens too faintly to tell
+    decoded = []  # at its start the decoder hears the tokens too faintly to tell from its output which ones it got
+    student.segmentation_decoder.register_forward_pre_hook(lambda module, given: decoded.append(given[0]))
     x_l, x_u, x_a = (torch.rand(2, 1, 64, 64, generator=g) for _ in range(3))
     y_l = torch.randint(0, 4, (2, 64, 64), generator=g)
     _, terms = train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, 1.0, torch.Generator().manual_seed(9))
@@ -83,6 +84,7 @@ def test_a_step_is_figure_2_walked_by_hand():
         assert terms["rec_l"].item() == pytest.approx((student.image_decoder(q_l.codes) - x_l).abs().mean().item(), rel=1e-4)
         assert terms["rec_u"].item() == pytest.approx((student.image_decoder(q_a.codes) - x_u).abs().mean().item(), rel=1e-4)
         drawn = qpm.perturb(q_a.indices, student.quantizer.codebook, 0.6, 0.3, torch.Generator().manual_seed(9))
+        assert torch.allclose(decoded[0], torch.cat([q_l.codes, student.quantizer.indices_to_codes(drawn)]), atol=1e-6)
         assert (drawn != q_a.indices).any()
         confidence, label = teacher(x_u).softmax(1).max(1)
         expected = seg(student.segmentation_decoder(student.quantizer.indices_to_codes(drawn), skips_a), label, (confidence >= 0.3).float())
