@@ -327,7 +327,7 @@ def save(path: Path, state: object) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+        reason = str(error).split("\n")[0]
         raise BadInput(f"{path}: cannot be written ({reason}); the one before is whole: make room, then --resume {path.parent}") from None
 
 
@@ -355,7 +355,11 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Generator, torch.Generator]:
-    """For step `step` of seed `seed`: one generator on the device, for the tensors, and one on the CPU, to pick slices."""
+    """For step `step` of seed `seed`: one generator on the device, for the tensors, and one on the CPU, to pick slices.
+
+    On the CPU that makes a run repeatable to the bit. On CUDA the draws repeat too, but backward passes there (grid_sample,
+    interpolate, embedding) add with atomics in any order, so that two runs agree to rounding only.
+    """
     states = np.random.SeedSequence((seed, step)).generate_state(2)
     return torch.Generator(device).manual_seed(int(states[0])), torch.Generator().manual_seed(int(states[1]))
 
