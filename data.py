@@ -165,11 +165,11 @@ def crop_center(x: Tensor, crop: int = VIEW) -> Tensor:
     return x[..., edge : edge + crop, edge : edge + crop]
 
 
-def uncrop(logits: Tensor, grid: int = GRID) -> Tensor:
-    """(Z,C,crop,crop) -> (Z,C,grid,grid): what lies outside the crop is background (class 0), and surely so."""
-    edge = (grid - logits.shape[-1]) // 2
-    outside = F.pad(logits, (edge,) * 4, value=-20.0)
-    outside[:, 0] = F.pad(logits[:, 0], (edge,) * 4, value=20.0)
+def uncrop(p: Tensor, grid: int = GRID) -> Tensor:
+    """Probabilities (Z,C,crop,crop) -> (Z,C,grid,grid): what lies outside the crop is background (class 0), and surely so."""
+    edge = (grid - p.shape[-1]) // 2
+    outside = F.pad(p, (edge,) * 4)
+    outside[:, 0] = F.pad(p[:, 0], (edge,) * 4, value=1.0)
     return outside
 
 
@@ -185,12 +185,12 @@ def to_grid(volume: Tensor, grid: int = GRID) -> Tensor:
     return F.pad(small, (left, grid - w - left, top, grid - h - top))
 
 
-def from_grid(logits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The way back for a prediction: (Z,C,grid,grid) -> (Z,C,H,W) at native size, bilinear."""
-    grid, (H, W) = logits.shape[-1], shape
+def from_grid(p: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The way back for probabilities: (Z,C,grid,grid) -> (Z,C,H,W) at native size, bilinear."""
+    grid, (H, W) = p.shape[-1], shape
     h, w = (max(1, round(n * grid / max(H, W))) for n in (H, W))
     top, left = (grid - h) // 2, (grid - w) // 2
-    return F.interpolate(logits[..., top : top + h, left : left + w], size=(H, W), mode="bilinear", align_corners=False)
+    return F.interpolate(p[..., top : top + h, left : left + w], size=(H, W), mode="bilinear", align_corners=False)
 
 
 class Slices:

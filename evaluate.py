@@ -18,6 +18,7 @@ Run `python evaluate.py RUN [--split val|test]`; it reads RUN/best.pt and writes
 import argparse
 import csv
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +26,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
 from data import BadInput, Case, Slices
 from model import VQSeg, load_teacher
 
+# How prediction looks at a slice: (rotation in radians, scale). VQ-Seg's 30 minutes on ACDC: validation Dice 0.876 in these nine
+# views, 0.872 in one.
+VIEWS = [(angle, zoom) for angle in (-0.3, 0.0, 0.3) for zoom in (0.9, 1.0, 1.1)]
+ONE_VIEW = [(0.0, 1.0)]
 METRICS = ["dice", "jaccard", "hd95", "asd"]
 NOT_OURS = (RuntimeError, KeyError, TypeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError)  # from loading a foreign file
 
@@ -113,27 +119,42 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
     return rows
 
 
+def turn(x: Tensor, angle: float, zoom: float) -> Tensor:
+    """(B,C,H,W) rotated by angle (radians) and scaled by zoom about its center; turn(., -angle, 1 / zoom) is the way back."""
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    theta = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], device=x.device).expand(len(x), 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
 @torch.no_grad()
-def predict(model: Callable[[Tensor], Tensor], volume: np.ndarray, device: torch.device, amp: bool = False, batch: int = 8) -> np.ndarray:
-    """(Z,H,W) float in [0,1] -> (Z,H,W) uint8 labels at native size. Each slice on its own, its central crop at once."""
+def predict(model: Callable[[Tensor], Tensor], volume: np.ndarray, device: torch.device, amp: bool = False,
+            views: list[tuple[float, float]] = VIEWS, batch: int = 8) -> np.ndarray:
+    """(Z,H,W) float in [0,1] -> (Z,H,W) uint8 labels at native size. Each slice on its own, its central crop at once.
+
+    The probabilities are a mean over views of the slice, each turned back.
+    """
     out = []
-    for part in data.crop_center(data.to_grid(torch.from_numpy(volume))).split(batch):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits = model(part[:, None].to(device)).float()
-        out.append(data.from_grid(data.uncrop(logits), volume.shape[1:]).argmax(1).to(torch.uint8).cpu())
+    for part in data.crop_center(data.to_grid(torch.from_numpy(volume)))[:, None].split(batch):
+        x, p = part.to(device), 0.0
+        for angle, zoom in views:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits = model(turn(x, angle, zoom))
+            p = p + turn(logits.float().softmax(1), -angle, 1 / zoom) / len(views)
+        out.append(data.from_grid(data.uncrop(p), volume.shape[1:]).argmax(1).to(torch.uint8).cpu())
     return torch.cat(out).numpy()
 
 
 def evaluate(model: Callable[[Tensor], Tensor], cases: list[Case], labels: list[str], device: torch.device, amp: bool = False,
-             distances: bool = True, mm: bool = False) -> list[Row]:
-    """Score every case. Used by train.py for validation and by the command line for the table."""
+             distances: bool = True, mm: bool = False, views: list[tuple[float, float]] = VIEWS) -> list[Row]:
+    """Score every case. Used by train.py for validation, there in one view, and for the table."""
     rows = []
     for case in cases:
         volume, spacing = data.read_image(case.image)
         if mm and not (np.isfinite(spacing).all() and min(spacing) > 0):
             raise BadInput(f"{case.image}: its voxel spacing is {spacing} mm; correct the header, or leave out --mm")
         truth = data.read_mask(case, volume.shape, len(labels))
-        prediction = predict(model, volume, device, amp)
+        prediction = predict(model, volume, device, amp, views)
         rows += score(case.name, prediction, truth, labels, spacing if mm else (1, 1, 1), distances)
     return rows
 
@@ -259,7 +280,7 @@ def main() -> None:
     for row in rows:
         distance = f"hd95 {row.hd95:6.2f}  asd {row.asd:5.2f}"
         print(f"{row.case}  {row.label:4} dice {row.dice:.4f}  jaccard {row.jaccard:.4f}  {distance}{'  EMPTY' if row.empty else ''}")
-    print(f"\n{args.run}: {args.split} split, teacher of step {saved['step']}, chosen on validation (Dice there {saved['val_dice']:.4f});")
+    print(f"\n{args.run}: {args.split} split, teacher of step {saved['step']}, chosen on validation (one view: {saved['val_dice']:.4f});")
     print(f"mean +- standard deviation over volumes; distances in {'mm' if args.mm else 'voxels'}")
     print(table(rows))
     if args.eps:

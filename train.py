@@ -206,9 +206,11 @@ def train(s: Settings, stop: list[str]) -> None:
         validate = int(10 * at.progress) > at.checks
         if validate:
             first, at.checks = at.checks == 0, int(10 * at.progress)
-            score = evaluate.mean_dice(evaluate.evaluate(teacher, val_cases, data.CLASSES, device, amp, distances=False))
+            rows = evaluate.evaluate(teacher, val_cases, data.CLASSES, device, amp, distances=False, views=evaluate.ONE_VIEW)
+            score = evaluate.mean_dice(rows)
             record.write({"step": at.step, "progress": round(at.progress, 4), "val_dice": round(score, 5)})
-            print(f"step {at.step}: validation Dice of the teacher {score:.4f}{', the best so far' if score > at.best else ''}", flush=True)
+            better = ", the best so far" if score > at.best else ""
+            print(f"step {at.step}: validation Dice of the teacher, in one view {score:.4f}{better}", flush=True)
             if score > at.best:
                 at.best = score
                 save(run / "best.pt", fixed | {"step": at.step, "val_dice": score, "teacher": teacher.state_dict()})

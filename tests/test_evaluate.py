@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate as ev
 
@@ -61,6 +62,36 @@ def test_score_gives_each_class_its_own_four_numbers():
         a, b = p == k, t == k
         far = ev.hd95(a, b, (5.0, 1.0, 2.0)), ev.asd(a, b, (5.0, 1.0, 2.0))
         assert row[2:6] == (ev.dice(a, b), ev.jaccard(a, b), *far) and far[1] != ev.asd(b, a, (5.0, 1.0, 2.0))
+
+
+def test_turn_rotates_and_scales_about_the_center_and_its_inverse_leads_back():
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(ev.turn(x, math.pi / 2, 1.0), torch.rot90(x, 1, (2, 3)), atol=1e-5)
+    blocks = torch.arange(16.0).reshape(1, 1, 4, 4)
+    twice = ev.turn(blocks, 0.0, 2.0)[0, 0]  # output pixel 0 shows input place 0.75: a quarter of pixel 0, three of pixel 1
+    assert twice[0, 0].item() == pytest.approx(0.75 * 1 + 0.75 * 4)
+    y, z = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    smooth = torch.exp(-4 * ((y - 0.1) ** 2 + 2 * (z + 0.1) ** 2))[None, None]
+    assert not torch.allclose(ev.turn(smooth, 0.3, 1.1), smooth, atol=0.05)
+    assert torch.allclose(ev.turn(ev.turn(smooth, 0.3, 1.1), -0.3, 1 / 1.1)[..., 16:48, 16:48], smooth[..., 16:48, 16:48], atol=0.01)
+
+
+def test_prediction_is_the_mean_probability_of_the_views_each_turned_back():
+    seen = []
+
+    def model(x):  # says class 1 where it is bright, and is told apart by what it saw
+        seen.append(x)
+        return torch.cat([0.4 - x, x - 0.4], 1) * 20
+
+    y, x = np.mgrid[:100, :100] / 50 - 1
+    volume = np.exp(-4 * ((y - 0.1) ** 2 + 2 * (x + 0.1) ** 2))[None].astype(np.float32)
+    one = ev.predict(model, volume, torch.device("cpu"), views=ev.ONE_VIEW)
+    assert (one == (volume > 0.4)).mean() > 0.99 and len(seen) == 1
+    nine = ev.predict(model, volume, torch.device("cpu"))
+    assert (nine == one).mean() > 0.99 and len(seen) == 10
+    sure = iter([5.0, -1.0, -1.0])  # one view that is very sure outvotes two that doubt: it is a mean of probabilities
+    votes = ev.predict(lambda v: torch.cat([0 * v, 0 * v + next(sure)], 1), volume, torch.device("cpu"), views=ev.ONE_VIEW * 3)
+    assert votes[0, 50, 50] == 1  # 0.993, 0.269, 0.269: mean 0.51
 
 
 def test_mean_is_over_volumes_then_classes_and_leaves_out_what_is_nowhere():
