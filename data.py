@@ -57,6 +57,11 @@ class BadInput(Exception):
     """Something the user gave us cannot be used. The message is one line: which file or flag, what is wrong, the remedy."""
 
 
+def first_line(error: Exception) -> str:
+    """What went wrong, for a message of one line."""
+    return (str(error) or type(error).__name__).split("\n")[0]
+
+
 class Case(NamedTuple):
     """One frame of one patient: a volume."""
 
@@ -117,8 +122,7 @@ def read_nifti(path: Path) -> Volume:
         volume = np.asanyarray(file.dataobj)
         spacing, affines = tuple(float(s) for s in file.header.get_zooms()[:3])[::-1], [file.affine, file.get_qform()]
     except Exception as error:  # a damaged header can make nibabel fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{path}: cannot be read as NIfTI ({reason}); copy the file again from your download") from None
+        raise BadInput(f"{path}: cannot be read as NIfTI ({first_line(error)}); copy the file again from your download") from None
     if volume.dtype.kind not in "iufb":
         raise BadInput(f"{path}: its voxels are {volume.dtype}, not numbers; convert it to a gray image")
     if volume.ndim > 3 and set(volume.shape[3:]) == {1}:
@@ -145,8 +149,9 @@ def read_mask(case: Case, shape: tuple[int, ...], classes: int) -> np.ndarray:
     mask, _, affines = read_nifti(path)
     if mask.shape != shape:
         raise BadInput(f"{path}: mask of shape {mask.shape[::-1]} for an image of shape {shape[::-1]}; they must be equal")
+    # By its header the mask may lie beside its image by half a voxel at most, in mm: this bounds the distance over all voxels.
     image = nib.load(case.image)
-    apart = [(np.abs(a - b)[:3] @ [*mask.shape[::-1], 1]).max() for a, b in zip(affines, (image.affine, image.get_qform()))]  # mm
+    apart = [(np.abs(a - b)[:3] @ [*mask.shape[::-1], 1]).max() for a, b in zip(affines, (image.affine, image.get_qform()))]
     if not min(apart) <= min(image.header.get_zooms()[:3]) / 2:
         raise BadInput(f"{path}: by its header it lies up to {min(apart):.0f} mm away from its image; store both with the same affine")
     wrong = [v for v in np.unique(mask).tolist() if v not in range(classes)]

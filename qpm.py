@@ -112,7 +112,8 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
         flat = indices.reshape(-1)  # (N,)
         uniform = torch.rand(len(flat), 1, generator=generator, device=flat.device, dtype=codebook.dtype)
         drawn = []
-        for part, u in zip(flat.split(max(1, 2**21 // K)), uniform.split(max(1, 2**21 // K))):
+        rows = max(1, 2**21 // K)
+        for part, u in zip(flat.split(rows), uniform.split(rows)):
             cumulative = transition_rows(part, codebook, eps, temperature).cumsum(1)
             # Subtle: u < 1 keeps the target below the last step, which is 1 but for rounding, and right=True passes steps of
             # height 0: what is found has positive probability. eps = 0 is the identity; eps = 1 never gives i back.

@@ -17,6 +17,7 @@ The paper does not say:
 import argparse
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -38,8 +39,9 @@ from model import StandInFM, VQSeg, ema_update
 from vq import Usage, usage
 
 
-def option(default, help: str, choices: list[str] | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: list[str] | None = None, low: float = -math.inf, high: float = math.inf):
+    """A field of Settings; a number must lie in low to high."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
 @dataclass
@@ -51,34 +53,34 @@ class Settings:
     root: str = option("", "folder that holds ACDC's patientNNN folders, or its training/ folder")
     labeled: int = option(-1, "labelled patients, the first of the training list; -1 = 3 for phantom, 7 for acdc")
     # how long, where
-    minutes: float = option(0.0, "wall-clock budget; 0 = 3 for phantom, 30 for acdc")
-    steps: int = option(0, "budget in steps instead: repeatable to the bit, which a clock is not")
-    batch: int = option(4, "labelled slices per step, and as many unlabelled (the paper: 4 per GPU)")
-    seed: int = option(1337, "the randomness of step n is a function of (seed, n) alone")
+    minutes: float = option(0.0, "wall-clock budget; 0 = 3 for phantom, 30 for acdc", low=0, high=10**6)
+    steps: int = option(0, "budget in steps instead: repeatable to the bit, which a clock is not", low=0, high=10**9)
+    batch: int = option(4, "labelled slices per step, and as many unlabelled (the paper: 4 per GPU)", low=1, high=4096)
+    seed: int = option(1337, "the randomness of step n is a function of (seed, n) alone", low=0, high=2**63)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-NAME-seedSEED, numbered if it is taken")
     resume: str = option("", "run folder to go on with, from its last checkpoint and with its settings")
     # the method, a switch for every part
     supervised: bool = option(False, "the baseline: L_seg of Eq. 8 only, on the same network without quantizer and image branch")
     perturb: str = option("qpm", "qpm: Eq. 4; shuffle: the abstract; dropout: Section 3.2; none", ["qpm", "shuffle", "dropout", "none"])
-    eps: float = option(0.7, "strength of the perturbation, in [0,1]")
+    eps: float = option(0.7, "strength of the perturbation", low=0, high=1)
     temperature: float = option(1.0, "T, divides the distance in Eq. 4; inf = uniform replacement")
-    codebook_size: int = option(1024, "K (the paper: 16384 with DINOv2)")
-    lambda_u: float = option(1.0, "Eq. 10: weight of the unlabelled loss; 0 switches it off")
-    lambda_a: float = option(0.1, "Eq. 12: weight of the alignment; the paper: 5, with DINOv2; the stand-in knows nothing to learn from")
-    lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 switches the image branch off")
-    lambda_vq: float = option(1.0, "weight of the quantizer's own loss")
-    lambda_dice: float = option(1.0, "weight of the soft Dice loss in L_seg; 0 is the paper's plain cross-entropy")
+    codebook_size: int = option(1024, "K (the paper: 16384 with DINOv2)", low=2, high=2**20)
+    lambda_u: float = option(1.0, "Eq. 10: weight of the unlabelled loss; 0 switches it off", low=0)
+    lambda_a: float = option(0.1, "Eq. 12: weight of the alignment; the paper: 5, with DINOv2; the stand-in knows nothing to teach", low=0)
+    lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 switches the image branch off", low=0)
+    lambda_vq: float = option(1.0, "weight of the quantizer's own loss", low=0)
+    lambda_dice: float = option(1.0, "weight of the soft Dice loss in L_seg; 0 is the paper's plain cross-entropy", low=0)
     fm: str = option("standin", "foundation model of Eq. 11: standin = frozen random features; none", ["standin", "none"])
     tau: float = option(0.07, "temperature of Eq. 11")
-    alpha: float = option(0.99, "EMA of the teacher")
-    threshold: float = option(0.0, "pseudo-label pixels less sure than this are left out; 0 is Eq. 9")
-    warmup: float = option(0.2, "share of the budget on labelled slices alone, before there are pseudo-labels worth learning")
+    alpha: float = option(0.99, "EMA of the teacher", low=0, high=1)
+    threshold: float = option(0.0, "pseudo-label pixels less sure than this are left out; 0 is Eq. 9", low=0, high=1)
+    warmup: float = option(0.2, "share of the budget on labelled slices alone, until pseudo-labels are worth learning", low=0, high=1)
     # optimizer and network
-    lr: float = option(3e-3, "AdamW, falls as (1 - progress)^0.9; the paper's SGD at 1e-4 starts from pretrained weights")
-    weight_decay: float = option(0.01, "AdamW")
+    lr: float = option(3e-3, "AdamW, falls as (1 - progress)^0.9; the paper's SGD at 1e-4 starts from pretrained weights", low=0)
+    weight_decay: float = option(0.01, "AdamW", low=0)
     width: int = option(24, "channels of the first level of the network")
-    dim: int = option(32, "channels of a token")
+    dim: int = option(32, "channels of a token", low=1, high=4096)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ def train(s: Settings, stop: list[str]) -> None:
             score = evaluate.mean_dice(rows)
             record.write({"step": at.step, "progress": round(at.progress, 4), "val_dice": round(score, 5)})
             better = ", the best so far" if score > at.best else ""
-            print(f"step {at.step}: validation Dice of the teacher, in one view {score:.4f}{better}", flush=True)
+            print(f"step {at.step}: validation Dice of the teacher in one view: {score:.4f}{better}", flush=True)
             if score > at.best:
                 at.best = score
                 save(run / "best.pt", fixed | {"step": at.step, "val_dice": score, "teacher": teacher.state_dict()})
@@ -315,7 +317,7 @@ def restore(run: Path, student: VQSeg, teacher: VQSeg, optimizer: torch.optim.Op
         optimizer.load_state_dict(saved["optimizer"])
         return Place(**saved["place"])
     except evaluate.NOT_OURS as error:
-        raise BadInput(f"{path}: not a checkpoint of this run ({str(error).split(chr(10))[0]}); remove it to start the run anew") from None
+        raise BadInput(f"{path}: not a checkpoint of this run ({data.first_line(error)}); remove it to start the run anew") from None
 
 
 def save(path: Path, state: object) -> None:
@@ -329,8 +331,8 @@ def save(path: Path, state: object) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        reason = str(error).split("\n")[0]
-        raise BadInput(f"{path}: cannot be written ({reason}); the one before is whole: make room, then --resume {path.parent}") from None
+        remedy = f"the one before is whole: make room, then --resume {path.parent}"
+        raise BadInput(f"{path}: cannot be written ({data.first_line(error)}); {remedy}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +346,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise BadInput(f"--device {name}: cannot be used ({data.first_line(error)}); try --device cpu") from None
     return device
 
 
@@ -420,12 +422,10 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         s.minutes = 3.0 if s.data == "phantom" else 30.0
     if s.minutes and s.steps:
         raise BadInput("--minutes and --steps: give one of them")
-    ranges = {"eps": (0, 1), "alpha": (0, 1), "threshold": (0, 1), "warmup": (0, 1), "seed": (0, 2**63)}
-    ranges |= {"batch": (1, 4096), "codebook_size": (2, 2**20), "steps": (0, 10**9), "minutes": (0, 10**6), "dim": (1, 4096)}
-    ranges |= {name: (0, float("inf")) for name in ("lambda_u", "lambda_a", "lambda_rec", "lambda_vq", "lambda_dice", "lr", "weight_decay")}
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(s, name) <= high:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(s, name)}: must lie in {low} to {high}")
+    for f in fields(Settings):
+        low, high = f.metadata["low"], f.metadata["high"]
+        if isinstance(f.default, (int, float)) and not low <= getattr(s, f.name) <= high:
+            raise BadInput(f"--{f.name.replace('_', '-')} {getattr(s, f.name)}: must lie in {low} to {high}")
     for name in ("temperature", "tau"):
         if not getattr(s, name) > 0:
             raise BadInput(f"--{name} {getattr(s, name)}: must be above 0")

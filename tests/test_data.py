@@ -292,6 +292,7 @@ def test_grid_keeps_the_aspect_ratio_and_centers():
 def test_outside_of_the_crop_is_background():
     p = data.uncrop(torch.tensor([0.1, 0.6, 0.3])[:, None, None].expand(2, 3, 8, 8), grid=12)
     labels = p.argmax(1)
+    assert torch.allclose(p.sum(1), torch.ones(2, 12, 12))
     assert torch.equal(data.crop_center(labels, 8), torch.ones(2, 8, 8).long()) and labels.sum() == 2 * 64
 
 

@@ -68,7 +68,7 @@ def test_turn_rotates_and_scales_about_the_center_and_its_inverse_leads_back():
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(ev.turn(x, math.pi / 2, 1.0), torch.rot90(x, 1, (2, 3)), atol=1e-5)
     blocks = torch.arange(16.0).reshape(1, 1, 4, 4)
-    twice = ev.turn(blocks, 0.0, 2.0)[0, 0]  # output pixel 0 shows input place 0.75: a quarter of pixel 0, three of pixel 1
+    twice = ev.turn(blocks, 0.0, 2.0)[0, 0]  # shows row and column 0.75 of the input: 4 * 0.75 + 0.75
     assert twice[0, 0].item() == pytest.approx(0.75 * 1 + 0.75 * 4)
     y, z = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     smooth = torch.exp(-4 * ((y - 0.1) ** 2 + 2 * (z + 0.1) ** 2))[None, None]
@@ -79,7 +79,7 @@ def test_turn_rotates_and_scales_about_the_center_and_its_inverse_leads_back():
 def test_prediction_is_the_mean_probability_of_the_views_each_turned_back():
     seen = []
 
-    def model(x):  # says class 1 where it is bright, and is told apart by what it saw
+    def model(x):  # says class 1 where it is bright
         seen.append(x)
         return torch.cat([0.4 - x, x - 0.4], 1) * 20
 
@@ -89,9 +89,11 @@ def test_prediction_is_the_mean_probability_of_the_views_each_turned_back():
     assert (one == (volume > 0.4)).mean() > 0.99 and len(seen) == 1
     nine = ev.predict(model, volume, torch.device("cpu"))
     assert (nine == one).mean() > 0.99 and len(seen) == 10
-    sure = iter([5.0, -1.0, -1.0])  # one view that is very sure outvotes two that doubt: it is a mean of probabilities
+    turned = ev.predict(model, volume, torch.device("cpu"), views=[(0.3, 1.1)])  # alone: no other view makes up for it
+    assert (turned == one).mean() > 0.99 and not torch.allclose(seen[-1], seen[0], atol=0.05)
+    sure = iter([9.0, -2.0, -2.0])  # one very sure view does not outvote two, as it would in a mean of logits
     votes = ev.predict(lambda v: torch.cat([0 * v, 0 * v + next(sure)], 1), volume, torch.device("cpu"), views=ev.ONE_VIEW * 3)
-    assert votes[0, 50, 50] == 1  # 0.993, 0.269, 0.269: mean 0.51
+    assert votes[0, 50, 50] == 0  # 1.00, 0.12, 0.12: mean 0.41
 
 
 def test_mean_is_over_volumes_then_classes_and_leaves_out_what_is_nowhere():

@@ -154,6 +154,8 @@ def test_supervised_baseline_is_l_seg_on_the_network_without_quantizer():
 def test_a_short_run_writes_its_record_and_evaluate_reads_it(phantom_copy, tmp_path, capsys):
     out = tmp_path / "run"
     last = run(phantom_copy, out)
+    drawn, best = torch.load(out / "codebooks.pt", weights_only=True), torch.load(out / "best.pt", weights_only=True)
+    assert drawn[0]["step"] == 0 and drawn[-1]["step"] == best["step"]
     written = {p.name for p in out.iterdir()}
     assert written == {"record.json", "log.jsonl", "best.pt", "last.pt", "val.csv", "predictions.png", "result.json", "codebooks.pt"}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -165,7 +167,7 @@ def test_a_short_run_writes_its_record_and_evaluate_reads_it(phantom_copy, tmp_p
     assert "empty predictions" in capsys.readouterr().out
 
 
-def test_evaluation_with_qpm_perturbs_the_tokens_and_writes_nothing(phantom_copy, tmp_path, monkeypatch):
+def test_evaluation_with_qpm_perturbs_the_tokens_and_writes_no_scores(phantom_copy, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     run(phantom_copy, out, steps=1)
     model, x = evaluate.load(out, CPU)[0], torch.rand(2, 1, 64, 64)
@@ -175,9 +177,14 @@ def test_evaluation_with_qpm_perturbs_the_tokens_and_writes_nothing(phantom_copy
         expected = model.segmentation_decoder(model.quantizer.indices_to_codes(drawn), skips)
         assert torch.allclose(evaluate.perturbed(model, 0.9, 0.5, CPU)(x), expected, atol=1e-5)
     before = (out / "val.csv").stat().st_mtime_ns
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), "--eps", "1"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), "--eps", "1", "--figure", str(tmp_path / "perturbed.png")])
     evaluate.main()
     assert (out / "val.csv").stat().st_mtime_ns == before and not (out / "val.json").exists()
+    assert (tmp_path / "perturbed.png").exists()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), "--eps", "1.5"])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2 and "--eps 1.5: must lie in 0 to 1" in capsys.readouterr().err
 
 
 def test_teacher_follows_the_student_by_alpha_and_averages_less_at_first(phantom_copy, tmp_path, monkeypatch):
