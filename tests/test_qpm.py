@@ -133,7 +133,7 @@ def test_perturb_identity_at_eps_0_never_itself_at_eps_1_and_its_share_between()
 def test_perturb_at_the_ends_of_the_unit_interval_never_leaves_the_codebook_nor_gives_itself(K, u, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, u))
     i, c = torch.arange(K), table(K, 3).float()
-    drawn = qpm.perturb(i, c, 1.0)
+    drawn = qpm.perturb(i, c, 1.0)  # the largest number is below eps = 1, the least is not below eps = 0
     assert not (drawn == i).any() and drawn.min() >= 0 and drawn.max() < K and torch.equal(qpm.perturb(i, c, 0.0), i)
 
 
@@ -141,8 +141,16 @@ def test_perturb_needs_no_k_by_k_table_and_leaves_the_global_generator_alone(mon
     sizes, original = [], qpm.transition_rows
     monkeypatch.setattr(qpm, "transition_rows", lambda *a: sizes.append((out := original(*a)).numel()) or out)
     state = torch.get_rng_state()
-    qpm.perturb(torch.arange(1500), table(16384, 4).float(), 0.7, 1.0, torch.Generator().manual_seed(0))
-    assert sum(sizes) == 1500 * 16384 and max(sizes) <= 2**21 and torch.equal(torch.get_rng_state(), state)
+    drawn = qpm.perturb(torch.arange(1500), table(16384, 4).float(), 0.7, 1.0, torch.Generator().manual_seed(0))
+    moved = (drawn != torch.arange(1500)).sum().item()  # a token that stays costs nothing
+    assert sum(sizes) == moved * 16384 and max(sizes) <= 2**22 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_perturb_draws_the_tokens_of_a_batch_as_it_draws_them_apart():
+    """What two processes need to be one: the numbers of the second half are those after the first half's."""
+    c, i = table(64, 3).float(), torch.arange(64).repeat(20)
+    together, g = qpm.perturb(i, c, 0.7, 0.5, torch.Generator().manual_seed(4)), torch.Generator().manual_seed(4)
+    assert torch.equal(together, torch.cat([qpm.perturb(half, c, 0.7, 0.5, g) for half in i.split(640)]))
 
 
 @pytest.mark.parametrize("eps, T, K", [(1.5, 1, 4), (-0.1, 1, 4), (0.5, 0, 4), (0.5, 1, 1)])
