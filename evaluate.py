@@ -132,13 +132,13 @@ def turn(x: Tensor, angle: float, zoom: float) -> Tensor:
 
 @torch.no_grad()
 def predict(model: Callable[[Tensor], Tensor], volume: np.ndarray, device: torch.device, amp: bool = False,
-            views: list[tuple[float, float]] = VIEWS, batch: int = 8) -> np.ndarray:
+            views: list[tuple[float, float]] = VIEWS, view: int = data.VIEW, batch: int = 8) -> np.ndarray:
     """(Z,H,W) float in [0,1] -> (Z,H,W) uint8 labels at native size. Each slice on its own, its central crop at once.
 
     The probabilities are a mean over views of the slice, each turned back.
     """
     out = []
-    for part in data.crop_center(data.to_grid(torch.from_numpy(volume)))[:, None].split(batch):
+    for part in data.crop_center(data.to_grid(torch.from_numpy(volume)), view)[:, None].split(batch):
         x, p = part.to(device), 0.0
         for angle, zoom in views:
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -149,7 +149,7 @@ def predict(model: Callable[[Tensor], Tensor], volume: np.ndarray, device: torch
 
 
 def evaluate(model: Callable[[Tensor], Tensor], cases: list[Case], labels: list[str], device: torch.device, amp: bool = False,
-             distances: bool = True, mm: bool = False, views: list[tuple[float, float]] = VIEWS) -> list[Row]:
+             distances: bool = True, mm: bool = False, views: list[tuple[float, float]] = VIEWS, view: int = data.VIEW) -> list[Row]:
     """Score every case. Used by train.py for validation, there in one view, and for the table."""
     rows = []
     for case in cases:
@@ -157,7 +157,7 @@ def evaluate(model: Callable[[Tensor], Tensor], cases: list[Case], labels: list[
         if mm and not (np.isfinite(spacing).all() and min(spacing) > 0):
             raise BadInput(f"{case.image}: its voxel spacing is {spacing} mm; correct the header, or leave out --mm")
         truth = data.read_mask(case, volume.shape, len(labels))
-        prediction = predict(model, volume, device, amp, views)
+        prediction = predict(model, volume, device, amp, views, view)
         rows += score(case.name, prediction, truth, labels, spacing if mm else (1, 1, 1), distances)
     return rows
 
@@ -212,24 +212,25 @@ def perturbed(model: VQSeg, eps: float, temperature: float, device: torch.device
     def forward(x: Tensor) -> Tensor:
         z, skips = model.encoder(x)
         q = model.quantizer(z)
-        return model.segmentation_decoder(model.perturb(z, q.codes, q.indices, "qpm", eps, temperature, generator), skips)
+        return model.segmentation_decoder(model.perturb(z, q.codes, q.indices, "qpm", eps, temperature, generator, q.codebook), skips)
 
     return forward
 
 
 @torch.no_grad()
-def codeword_counts(model: VQSeg, sets: list[Slices], device: torch.device) -> Tensor:
+def codeword_counts(model: VQSeg, sets: list[Slices], device: torch.device, view: int = data.VIEW) -> Tensor:
     """How often each codeword occurs in the central crops of all these slices, without augmentation: (K,) int64."""
     K = model.quantizer.codebook_size
     counts = torch.zeros(K, dtype=torch.int64)
     for slices in sets:
         for numbers in torch.arange(len(slices)).split(16):
-            z = model.encoder(data.crop_center(slices.batch(numbers, device)[0])).z
+            z = model.encoder(data.crop_center(slices.batch(numbers, device)[0], view)).z
             counts += torch.bincount(model.quantizer(z).indices.flatten().cpu(), minlength=K)
     return counts
 
 
-def draw(model: Callable[[Tensor], Tensor], cases: list[Case], rows: list[Row], device: torch.device, path: Path) -> None:
+def draw(model: Callable[[Tensor], Tensor], cases: list[Case], rows: list[Row], device: torch.device, path: Path,
+         view: int = data.VIEW) -> None:
     """Best, median and worst case by mean Dice of the classes: image, expert's mask, prediction in three slices of each."""
     import matplotlib
 
@@ -242,7 +243,7 @@ def draw(model: Callable[[Tensor], Tensor], cases: list[Case], rows: list[Row], 
     figure, axes = plt.subplots(3, 9, figsize=(13.5, 5), layout="constrained")
     for group, (name, case) in enumerate((("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1]))):
         volume, _ = data.read_image(case.image)
-        truth, prediction = data.read_mask(case, volume.shape, len(data.CLASSES)), predict(model, volume, device)
+        truth, prediction = data.read_mask(case, volume.shape, len(data.CLASSES)), predict(model, volume, device, view=view)
         depth, H, W = volume.shape
         middle = np.s_[H // 6 : H - H // 6, W // 6 : W - W // 6]  # two thirds of the slice: hearts are small
         axes[0, 3 * group + 1].set_title(f"{name}: {case.name}, Dice {dice_of[case]:.3f}", fontsize=9)
@@ -277,7 +278,7 @@ def main() -> None:
         if not 0 <= args.eps <= 1 or (args.eps and saved["settings"]["supervised"]):
             raise BadInput(f"--eps {args.eps}: must lie in 0 to 1, and be 0 for a run with --supervised, which has no codewords")
         network = perturbed(model, args.eps, saved["settings"]["temperature"], device) if args.eps else model
-        rows = evaluate(network, cases, data.CLASSES, device, mm=args.mm)
+        rows = evaluate(network, cases, data.CLASSES, device, mm=args.mm, view=saved["view"])
     except BadInput as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     for row in rows:
@@ -287,7 +288,7 @@ def main() -> None:
     print(f"mean +- standard deviation over volumes; distances in {'mm' if args.mm else 'voxels'}")
     print(table(rows))
     if args.figure:
-        draw(network, cases, rows, device, args.figure)
+        draw(network, cases, rows, device, args.figure, saved["view"])
         print(f"wrote {args.figure}")
     if args.eps:
         return

@@ -14,12 +14,16 @@ Run `python losses.py RUN` to draw the terms over a training run.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+Total = Callable[[Tensor], Tensor]  # the sum over all processes of a value that each has its part of; the identity where there is one
 
 
 class PseudoLabel(NamedTuple):
@@ -43,8 +47,8 @@ def reconstruction_loss(x_hat: Tensor, x: Tensor) -> Tensor:
     return mean((x_hat.float() - x.float()).abs())
 
 
-def soft_dice_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None) -> Tensor:
-    """1 - soft Dice, mean over the C-1 foreground classes, each over the whole batch; in [0,1].
+def soft_dice_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None, total: Total = nn.Identity()) -> Tensor:
+    """1 - soft Dice, mean over the C-1 foreground classes, each over the whole batch (of all processes); in [0,1].
 
     Over the batch and not per slice: a class that is absent from a slice would otherwise be all noise.
     """
@@ -53,12 +57,12 @@ def soft_dice_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None) -> Ten
     t = F.one_hot(y, C).permute(0, 3, 1, 2).to(p.dtype)  # (B,C,H,W)
     if keep is not None:
         p, t = p * keep[:, None], t * keep[:, None]
-    overlap = (p * t).sum((0, 2, 3))[1:]  # (C-1,)
-    size = (p + t).sum((0, 2, 3))[1:]
+    overlap, size = total(torch.stack([(p * t).sum((0, 2, 3)), (p + t).sum((0, 2, 3))]))[:, 1:]  # (C-1,) each
     return 1 - ((2 * overlap + 1) / (size + 1)).mean()  # +1 pixel: finite, and 0 loss for a class absent from both
 
 
-def segmentation_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None, dice_weight: float = 0.0) -> Tensor:
+def segmentation_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None, dice_weight: float = 0.0,
+                      total: Total = nn.Identity()) -> Tensor:
     """L_seg of Eq. 8 and 9: cross-entropy, mean over pixels (+ dice_weight * soft Dice loss).
 
     keep (B,H,W): 1 = the pixel counts, 0 = it does not. The mean is over *all* pixels, so that few confident pixels
@@ -67,14 +71,15 @@ def segmentation_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None, dic
     ce = F.cross_entropy(logits.float(), y, reduction="none")  # (B,H,W)
     loss = mean(ce if keep is None else ce * keep)
     if dice_weight:
-        loss = loss + dice_weight * soft_dice_loss(logits, y, keep)
+        loss = loss + dice_weight * soft_dice_loss(logits, y, keep, total)
     return loss
 
 
-def labelled_loss(x_hat: Tensor, x: Tensor, y_hat: Tensor, y: Tensor, rec_weight: float = 1.0, dice_weight: float = 0.0) -> BranchLoss:
+def labelled_loss(x_hat: Tensor, x: Tensor, y_hat: Tensor, y: Tensor, rec_weight: float = 1.0, dice_weight: float = 0.0,
+                  total: Total = nn.Identity()) -> BranchLoss:
     """Eq. 8: L_l = L_rec(x_hat_l, x_l) + L_seg(y_hat_l, y_l)."""
     rec = reconstruction_loss(x_hat, x)
-    seg = segmentation_loss(y_hat, y, dice_weight=dice_weight)
+    seg = segmentation_loss(y_hat, y, None, dice_weight, total)
     return BranchLoss(rec_weight * rec + seg, rec, seg)
 
 
@@ -85,10 +90,10 @@ def pseudo_label(teacher_logits: Tensor, threshold: float = 0.0) -> PseudoLabel:
 
 
 def unlabelled_loss(x_hat: Tensor, x: Tensor, y_hat_perturbed: Tensor, pseudo: PseudoLabel, rec_weight: float = 1.0,
-                    dice_weight: float = 0.0) -> BranchLoss:
+                    dice_weight: float = 0.0, total: Total = nn.Identity()) -> BranchLoss:
     """Eq. 9: L_u = L_rec(x_hat_u, x_u) + L_seg( D_s^S( q'(z_u^S) ), y~_u )."""
     rec = reconstruction_loss(x_hat, x)
-    seg = segmentation_loss(y_hat_perturbed, pseudo.label, pseudo.keep, dice_weight)
+    seg = segmentation_loss(y_hat_perturbed, pseudo.label, pseudo.keep, dice_weight, total)
     return BranchLoss(rec_weight * rec + seg, rec, seg)
 
 

@@ -13,14 +13,18 @@ The paper does not say:
   - how tokens are scaled. Ours go through a 1x1 convolution to few channels, lose their mean and variance per image and
     channel, and get unit length, like the codewords. With raw features a codebook collapses; with this, all 1024
     codewords are in use at the end of the README's ACDC run.
-The paper's encoder is DINOv2; the default here is a small convolutional one that trains from scratch on two CPU cores.
-GroupNorm everywhere: it has no running statistics, so the EMA teacher has no buffers to forget, and a batch split over
-several GPUs gives the same result as one.
+  - which of DINOv2's sizes, or what a patch of 14 pixels makes of a crop of 128. ViT-S/14, whose 384 channels are the authors'
+    codewords. A slice is never padded: as encoder it gets crops of 126 = 9 x 14 pixels, as foundation model the whole crop
+    resized to the nearest multiple of 14, since Section 3.5 resizes q(z) to its grid anyway.
+The paper's encoder is DINOv2 (`--encoder dinov2`: UniMatch V2's taps and DPT decoder); the default here is a small
+convolutional one that trains from scratch on two CPU cores. Its GroupNorm has no running statistics, so the EMA teacher has
+no buffers to forget, and a batch split over several GPUs gives the same result as one.
 
 Run `python model.py RUN` to draw one validation slice on its way through Figure 2.
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +58,11 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def unit_tokens(z: Tensor) -> Tensor:
+    """(B,D,h,w): each channel loses its mean and variance over h x w, then each token gets length 1. In float32."""
+    return F.normalize(F.instance_norm(z.float()), dim=1)
+
+
 class Encoder(nn.Module):
     """Four levels at 1/2, 1/4, 1/8 and 1/16 of the image, then the tokens.
 
@@ -65,7 +74,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = [width, 2 * width, 4 * width, 8 * width]
         self.levels = nn.ModuleList(block(i, o) for i, o in zip([4] + channels, channels))
-        self.to_tokens = nn.Conv2d(channels[-1], dim, 1)
+        self.to_tokens = nn.Conv2d(channels[-1], dim, 1, bias=False)  # unit_tokens would take a bias out again
 
     def forward(self, x: Tensor) -> Encoded:
         x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)  # (B,4,H/2,W/2)
@@ -73,8 +82,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = level(F.max_pool2d(x, 2) if maps else x)
             maps.append(x)
-        z = F.instance_norm(self.to_tokens(x).float())  # zero mean, unit variance over h x w
-        return Encoded(F.normalize(z, dim=1), maps[:-1])
+        return Encoded(unit_tokens(self.to_tokens(x)), maps[:-1])
 
 
 class SegmentationDecoder(nn.Module):
@@ -98,8 +106,9 @@ class SegmentationDecoder(nn.Module):
 class ImageDecoder(nn.Module):
     """D_i: q(z) alone -> reconstructed image (B,1,H,W). Light: at 1/16 of the resolution there is no fine detail to give back."""
 
-    def __init__(self, width: int, dim: int):
+    def __init__(self, width: int, dim: int, stride: int):
         super().__init__()
+        self.stride = stride
         self.from_tokens = nn.Conv2d(dim, 4 * width, 1)
         self.levels = nn.ModuleList([block(4 * width, 2 * width), block(2 * width, width)])
         self.head = nn.Conv2d(width, 16, 1)
@@ -108,7 +117,11 @@ class ImageDecoder(nn.Module):
         x = self.from_tokens(codes)
         for level in self.levels:
             x = level(F.interpolate(x, scale_factor=2))
-        return F.pixel_shuffle(self.head(x), 4)
+        x = F.pixel_shuffle(self.head(x), 4)  # 16 pixels a token
+        if self.stride == 16:
+            return x
+        size = tuple(self.stride * n for n in codes.shape[-2:])
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class FeatureAdapter(nn.Module):
@@ -122,10 +135,166 @@ class FeatureAdapter(nn.Module):
         return self.project(F.interpolate(codes, size=grid, mode="bilinear", align_corners=False))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's scale: DINOv2 as frozen foundation model and as encoder, UniMatch V2's decoder
+
+
+class Block(nn.Module):
+    """One transformer block: attention and MLP, each behind a LayerNorm and scaled per channel. (B,N,C) -> (B,N,C)."""
+
+    def __init__(self, C: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(C, eps=1e-6), nn.LayerNorm(C, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(C, 3 * C), "proj": nn.Linear(C, C)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(C, 4 * C), "fc2": nn.Linear(4 * C, C)})
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(C)}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        qkv = self.attn["qkv"](self.norm1(x)).reshape(B, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B,heads,N,C/heads) each
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
+        x = x + self.ls1["gamma"] * self.attn["proj"](attended)
+        return x + self.ls2["gamma"] * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class DINOv2(nn.Module):
+    """The Vision Transformer of DINOv2 (Oquab et al. 2023), patches of 14 pixels; parameters named as in the official files.
+
+    `features` takes normalized color images; calling it takes gray slices in [0,1], (B,1,H,W) -> (B,C',H',W').
+    """
+
+    sizes = {"small": (384, 12), "base": (768, 12), "large": (1024, 24)}  # channels C, blocks; heads of 64 channels
+
+    def __init__(self, size: str = "small"):
+        super().__init__()
+        C, depth = self.sizes[size]
+        self.channels = C
+        self.cls_token = nn.Parameter(1e-6 * torch.randn(1, 1, C))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + 37 * 37, C))  # class token, then the 37 x 37 patches of 518 pixels
+        self.mask_token = nn.Parameter(torch.zeros(1, C), requires_grad=False)  # for DINOv2's own training; in the files, not used here
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, C, 14, stride=14)})
+        self.blocks = nn.ModuleList(Block(C, C // 64) for _ in range(depth))
+        self.norm = nn.LayerNorm(C, eps=1e-6)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings for h x w patches: (1,1+hw,C).
+
+        Subtle: the official code adds 0.1 to h and w and hands the resampling the ratio, not the size, and bicubic sampling
+        then uses that ratio. To get the features that the weights were trained with, so must we.
+        """
+        if (h, w) == (37, 37):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].float().reshape(1, 37, 37, -1).permute(0, 3, 1, 2)  # (1,C,37,37)
+        grid = F.interpolate(grid, scale_factor=((h + 0.1) / 37, (w + 0.1) / 37), mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(self.pos_embed)], 1)
+
+    def taps(self, x: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        """The patch tokens after these blocks, each through the final LayerNorm: (B,3,H,W) normalized -> [(B,C,H/14,W/14)]."""
+        B, _, H, W = x.shape
+        if H % 14 or W % 14:
+            raise ValueError(f"an image of {H} x {W}: DINOv2's patches need multiples of 14; crop to {H // 14 * 14} x {W // 14 * 14}")
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B,hw,C)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1) + self.positions(H // 14, W // 14)
+        tapped = []
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number in layers:
+                tapped.append(self.norm(x)[:, 1:].transpose(1, 2).reshape(B, -1, H // 14, W // 14))
+        return tapped
+
+    def features(self, x: Tensor) -> Tensor:
+        """f_fm: the patch tokens after the last block and the final LayerNorm, (B,3,H,W) normalized -> (B,C,H/14,W/14)."""
+        return self.taps(x, (len(self.blocks) - 1,))[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [max(14, round(n / 14) * 14) for n in x.shape[-2:]]
+        return self.features(imagenet_colors(F.interpolate(x, size=size, mode="bicubic", antialias=True)))
+
+
+def imagenet_colors(x: Tensor) -> Tensor:
+    """Gray slices in [0,1] as the color images that these models were trained on: (B,1,H,W) -> (B,3,H,W), normalized."""
+    channels = [(x - mean) / deviation for mean, deviation in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    return torch.cat(channels, 1)
+
+
+class DINOv2Encoder(nn.Module):
+    """The encoder of UniMatch V2: tokens z from the deepest of four tapped blocks, the other three as skips, all at 1/14."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = DINOv2("small")
+
+    def forward(self, x: Tensor) -> Encoded:
+        *skips, z = self.vit.taps(imagenet_colors(x), (2, 5, 8, 11))
+        return Encoded(unit_tokens(z), skips)
+
+
+class ResidualUnit(nn.Module):
+    """x + two 3x3 convolutions, each after a ReLU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+class DPTDecoder(nn.Module):
+    """D_s of UniMatch V2 (DPT, Ranftl et al. 2021): q(z) and three taps -> logits (B,C,14h,14w).
+
+    The four maps, all h x w, become 4h, 2h, h and h/2 high, and are fused from the deepest upwards.
+    """
+
+    def __init__(self, dim: int, classes: int, width: int = 64):
+        super().__init__()
+        channels = [dim // 8, dim // 4, dim // 2, dim]
+        self.project = nn.ModuleList(nn.Conv2d(dim, c, 1) for c in channels)
+        larger = [nn.ConvTranspose2d(c, c, times, stride=times) for c, times in zip(channels, (4, 2))]
+        self.resize = nn.ModuleList([*larger, nn.Identity(), nn.Conv2d(dim, dim, 3, stride=2, padding=1)])
+        self.narrow = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1, bias=False) for c in channels)
+        self.across = nn.ModuleList(ResidualUnit(width) for _ in range(3))
+        self.level = nn.ModuleList(ResidualUnit(width) for _ in range(4))
+        self.out = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(4))
+        self.head = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, classes, 1))
+
+    def forward(self, codes: Tensor, skips: list[Tensor]) -> Tensor:
+        h, w = codes.shape[-2:]
+        maps = [n(r(p(x))) for n, r, p, x in zip(self.narrow, self.resize, self.project, [*skips, codes])]
+        sizes = [(8 * h, 8 * w)] + [m.shape[-2:] for m in maps[:3]]
+        x = maps[3]
+        for k in (3, 2, 1, 0):
+            x = x if k == 3 else x + self.across[k](maps[k])
+            x = self.out[k](F.interpolate(self.level[k](x), size=sizes[k], mode="bilinear", align_corners=True))
+        return F.interpolate(self.head(x), size=(14 * h, 14 * w), mode="bilinear", align_corners=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other foundation models, and where weights come from
+
+
+class TorchScriptFM(nn.Module):
+    """Any other frozen model (Table 4): a TorchScript file that maps ImageNet-normalized (B,3,H,W) to a feature map (B,C',H',W')."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.model = torch.jit.load(path, map_location="cpu").eval()
+        with torch.no_grad():
+            out = self.model(torch.zeros(1, 3, 128, 128))
+        if not isinstance(out, Tensor) or out.ndim != 4:
+            raise ValueError(f"maps an image to {type(out).__name__} and not to a feature map (B,C',H',W')")
+        self.channels = out.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(imagenet_colors(x))
+
+
 class StandInFM(nn.Module):
     """A frozen stand-in for the foundation model: random convolutions, the same for every seed. (B,1,H,W) -> (B,C',H/16,W/16).
 
-    It knows nothing about images. It makes Eq. 11 run where no pretrained weights are at hand.
+    It knows nothing about images. It makes Eq. 11 run where no pretrained weights are at hand (`--fm standin`).
     """
 
     channels = 64
@@ -136,44 +305,86 @@ class StandInFM(nn.Module):
         for name, (i, o, k) in {"a": (1, 32, 7), "b": (32, 64, 3), "c": (64, 64, 3)}.items():
             self.register_buffer(name, torch.randn(o, i, k, k, generator=draw) * (2 / (i * k * k)) ** 0.5)
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(F.conv2d(x - 0.25, self.a, stride=4, padding=3))
         x = F.relu(F.conv2d(x, self.b, stride=2, padding=1))
         return F.instance_norm(F.conv2d(x, self.c, stride=2, padding=1).float())
 
 
+OFFICIAL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"  # Apache-2.0, 88 MB
+OFFICIAL_BYTES, OFFICIAL_SHA256 = 88_283_115, "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"
+
+
+def official_weights(download: bool) -> Path | None:
+    """The official ViT-S/14 in PyTorch's own cache, downloaded there if asked for; None if it is not to be had. Size and SHA-256 are
+    checked."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(OFFICIAL).name
+    if not path.exists() and download:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(OFFICIAL, str(path), hash_prefix=OFFICIAL_SHA256)
+        except (OSError, RuntimeError):
+            return None
+    if not path.exists():
+        return None
+    if path.stat().st_size != OFFICIAL_BYTES or hashlib.sha256(path.read_bytes()).hexdigest() != OFFICIAL_SHA256:
+        raise ValueError(f"{path}: is not the official file of {OFFICIAL_BYTES} bytes; remove it and download it again")
+    return path
+
+
+def load_dinov2(path: Path) -> DINOv2:
+    """A DINOv2 with the weights of an official-format file, its size told by its class token. Names and shapes must all fit."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    size = {C: size for size, (C, _) in DINOv2.sizes.items()}[state["cls_token"].shape[-1]]
+    model = DINOv2(size)
+    model.load_state_dict(state)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
 class VQSeg(nn.Module):
-    """Encoder, quantizer, both decoders and the adapter: the student, and by `ema_update` the teacher."""
+    """Encoder, quantizer, both decoders and the adapter: the student, and by `ema_update` the teacher.
 
-    stride = 16  # H and W must be multiples of this
+    encoder: "conv" (its `dim` and `width` are free) or "dinov2" (ViT-S/14, 384 channels). fm_channels: C', 0 = no adapter.
+    """
 
-    def __init__(self, classes: int = 4, codebook_size: int = 1024, dim: int = 32, width: int = 24, quantize: bool = True):
+    def __init__(self, classes: int = 4, codebook_size: int = 1024, dim: int = 32, width: int = 24, quantize: bool = True,
+                 encoder: str = "conv", fm_channels: int = 0, usage_weight: float = 0.1):
         super().__init__()
         self.quantize = quantize
-        self.encoder = Encoder(width, dim)
-        self.quantizer = VectorQuantizer(codebook_size, dim)
-        self.segmentation_decoder = SegmentationDecoder(width, dim, classes)
-        self.image_decoder = ImageDecoder(width, dim)
-        self.adapter = FeatureAdapter(dim, StandInFM.channels)
+        if encoder == "conv":
+            self.stride, self.dim = 16, dim  # H and W must be multiples of the stride
+            self.encoder = Encoder(width, dim)
+            self.segmentation_decoder = SegmentationDecoder(width, dim, classes)
+        else:
+            self.stride, self.dim = 14, 384
+            self.encoder = DINOv2Encoder()
+            self.segmentation_decoder = DPTDecoder(self.dim, classes)
+        self.quantizer = VectorQuantizer(codebook_size, self.dim, usage_weight=usage_weight)
+        self.image_decoder = ImageDecoder(width, self.dim, self.stride)
+        self.adapter = FeatureAdapter(self.dim, fm_channels) if fm_channels else None
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Plain prediction, no perturbation: (B,1,H,W) -> logits (B,C,H,W). Without `quantize` the tokens stay continuous."""
         z, skips = self.encoder(x)
-        return self.segmentation_decoder(self.quantizer(z).codes if self.quantize else z, skips)
+        return self.segmentation_decoder(self.quantizer.quantize(z) if self.quantize else z, skips)
 
     def perturb(self, z: Tensor, codes: Tensor, indices: Tensor, how: str, eps: float, temperature: float,
-                generator: torch.Generator | None = None) -> Tensor:
+                generator: torch.Generator | None = None, codebook: Tensor | None = None) -> Tensor:
         """q'(z), what the segmentation decoder gets for an unlabelled strong view; backward the identity to z.
 
-        z and codes (B,D,h,w), indices (B,h,w) -> (B,D,h,w). Only dropout acts on the codes' numbers, as in Section 3.2.
+        z and codes (B,D,h,w), indices (B,h,w) -> (B,D,h,w); a codebook at hand saves computing it again. Only dropout acts on
+        the codes' numbers, as in Section 3.2.
         """
         if how == "none":
             return codes
         if how == "dropout":
             return qpm.dropout(codes, eps, generator)
-        codebook = self.quantizer.codebook.detach()
+        codebook = (self.quantizer.codebook if codebook is None else codebook).detach()
         if how == "shuffle":
             indices = qpm.shuffle(indices, eps, generator)
         else:
@@ -193,8 +404,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
 def load_teacher(path: Path, device: torch.device) -> tuple[VQSeg, dict]:
     """The network that a checkpoint of train.py describes, with the teacher's weights, and the checkpoint itself."""
     saved = torch.load(path, map_location=device, weights_only=True)
-    s = saved["settings"]
-    model = VQSeg(saved["classes"], s["codebook_size"], s["dim"], s["width"], quantize=not s["supervised"]).to(device)
+    model = VQSeg(**saved["network"]).to(device)
     model.load_state_dict(saved["teacher"])
     return model.eval(), saved
 
@@ -227,12 +437,13 @@ def main() -> None:
         perturbed = model.segmentation_decoder(codes, skips).argmax(1)[0]
         pictures.append((f"QPM, eps = {eps}: {(perturbed != plain).double().mean():.1%} differ", perturbed, None))
     figure, axes = plt.subplots(1, len(pictures), figsize=(15, 2.6), layout="constrained")
-    classes = ListedColormap(["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#F0E442"][: saved["classes"]])
+    K = saved["network"]["classes"]
+    classes = ListedColormap(["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#F0E442"][:K])
     for axis, (title, picture, colors) in zip(axes, pictures):
         if colors:
             axis.imshow(picture, cmap=colors, vmin=0 if colors == "gray" else None, vmax=1 if colors == "gray" else None)
         else:
-            axis.imshow(picture, cmap=classes, vmin=0, vmax=saved["classes"] - 1, interpolation="nearest")
+            axis.imshow(picture, cmap=classes, vmin=0, vmax=K - 1, interpolation="nearest")
         axis.set_title(title, fontsize=8)
         axis.set(xticks=[], yticks=[])
     figure.savefig(args.out, dpi=75)

@@ -3,6 +3,7 @@
     python train.py                                                     phantoms, 3 minutes on two CPU cores
     python train.py --data acdc --root DIR --labeled 7                  real cardiac MRI
     python train.py --data acdc --root DIR --labeled 7 --supervised     the baseline: labelled part only, same budget
+    torchrun --nproc-per-node 4 train.py --data acdc --root DIR --labeled 7 --paper       the paper's settings on four GPUs
 
 Implements Sections 3.4 to 3.6 (student and EMA teacher, Eq. 7 to 12 in their order) and the settings of 4.2.
 Names: l labelled, u unlabelled weak view, a unlabelled strong view; x image, y mask, z tokens, q quantized, _hat predicted.
@@ -12,6 +13,8 @@ The paper does not say:
     teacher's look at the weak view x_u, and its image branch must give back x_u, as Eq. 9 has it.
   - any warm-up before the unlabelled loss or threshold on pseudo-labels: `--warmup` and `--threshold`.
   - the weight of the quantizer's own loss: `--lambda-vq`.
+  - what an epoch is, or which decay its "decay 3e-5" is: a pass over the unlabelled slices, and SGD's weight decay (with
+    momentum 0.9).
 """
 
 import argparse
@@ -28,14 +31,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
 import losses
 from data import BadInput, Case, Slices
-from model import StandInFM, VQSeg, ema_update
+from model import OFFICIAL, DINOv2, StandInFM, TorchScriptFM, VQSeg, ema_update, load_dinov2, official_weights
 from vq import Usage, usage
 
 
@@ -55,32 +60,48 @@ class Settings:
     # how long, where
     minutes: float = option(0.0, "wall-clock budget; 0 = 3 for phantom, 30 for acdc", low=0, high=10**6)
     steps: int = option(0, "budget in steps instead: repeatable to the bit, which a clock is not", low=0, high=10**9)
-    batch: int = option(4, "labelled slices per step, and as many unlabelled (the paper: 4 per GPU)", low=1, high=4096)
+    epochs: float = option(0.0, "budget in passes over the unlabelled slices instead", low=0, high=10**6)
+    batch: int = option(4, "labelled slices per step and process, and as many unlabelled (the paper: 4 per GPU)", low=1, high=4096)
     seed: int = option(1337, "the randomness of step n is a function of (seed, n) alone", low=0, high=2**63)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-NAME-seedSEED, numbered if it is taken")
     resume: str = option("", "run folder to go on with, from its last checkpoint and with its settings")
+    compile: bool = option(False, "compile the network with torch.compile: slow to start, faster steps on a GPU")
     # the method, a switch for every part
+    paper: bool = option(False, "everything that Section 4.2 states (PAPER, below); flags given beside it win")
     supervised: bool = option(False, "the baseline: L_seg of Eq. 8 only, on the same network without quantizer and image branch")
     perturb: str = option("qpm", "qpm: Eq. 4; shuffle: the abstract; dropout: Section 3.2; none", ["qpm", "shuffle", "dropout", "none"])
     eps: float = option(0.7, "strength of the perturbation", low=0, high=1)
     temperature: float = option(1.0, "T, divides the distance in Eq. 4; inf = uniform replacement")
     codebook_size: int = option(1024, "K (the paper: 16384 with DINOv2)", low=2, high=2**20)
     lambda_u: float = option(1.0, "Eq. 10: weight of the unlabelled loss; 0 switches it off", low=0)
-    lambda_a: float = option(0.1, "Eq. 12: weight of the alignment; the paper: 5, with DINOv2; the stand-in knows nothing to teach", low=0)
+    lambda_a: float = option(0.1, "Eq. 12: weight of the alignment (the paper: 5)", low=0)
     lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 switches the image branch off", low=0)
     lambda_vq: float = option(1.0, "weight of the quantizer's own loss", low=0)
+    lambda_usage: float = option(0.1, "in that, weight of the usage term, which the paper has not", low=0)
     lambda_dice: float = option(1.0, "weight of the soft Dice loss in L_seg; 0 is the paper's plain cross-entropy", low=0)
-    fm: str = option("standin", "foundation model of Eq. 11: standin = frozen random features; none", ["standin", "none"])
+    fm: str = option("auto", "foundation model of Eq. 11: auto = dinov2 if its weights are at hand, else none; dinov2 = downloaded if "
+                     "need be; torchscript = any other, in --fm-weights; standin = frozen random features",
+                     ["auto", "dinov2", "torchscript", "standin", "none"])  # fmt: skip
+    fm_weights: str = option("", "DINOv2 weights in the official format; or, with --fm torchscript, a TorchScript file that maps "
+                             "ImageNet-normalized (B,3,H,W) to features (B,C,h,w)")  # fmt: skip
     tau: float = option(0.07, "temperature of Eq. 11")
     alpha: float = option(0.99, "EMA of the teacher", low=0, high=1)
     threshold: float = option(0.0, "pseudo-label pixels less sure than this are left out; 0 is Eq. 9", low=0, high=1)
     warmup: float = option(0.2, "share of the budget on labelled slices alone, until pseudo-labels are worth learning", low=0, high=1)
     # optimizer and network
-    lr: float = option(3e-3, "AdamW, falls as (1 - progress)^0.9; the paper's SGD at 1e-4 starts from pretrained weights", low=0)
-    weight_decay: float = option(0.01, "AdamW", low=0)
+    optimizer: str = option("adamw", "adamw, or the paper's sgd (momentum 0.9)", ["adamw", "sgd"])
+    lr: float = option(3e-3, "falls as (1 - progress)^0.9; the paper's 1e-4 starts from pretrained weights", low=0)
+    weight_decay: float = option(0.01, "of the optimizer", low=0)
+    encoder: str = option("conv", "conv: small, from scratch; dinov2: UniMatch V2's, ViT-S/14 from DINOv2's weights", ["conv", "dinov2"])
     width: int = option(24, "channels of the first level of the network")
-    dim: int = option(32, "channels of a token", low=1, high=4096)
+    dim: int = option(32, "channels of a token of the conv encoder", low=1, high=4096)
+
+
+# --paper: Section 4.2. What it does not mention is what Eq. 8 to 12 have: no Dice loss, no usage term, no warm-up, no threshold.
+PAPER = {"encoder": "dinov2", "codebook_size": 16384, "eps": 0.7, "temperature": 1.0, "lambda_a": 5.0, "lambda_u": 1.0, "lambda_rec": 1.0,
+         "lambda_dice": 0.0, "lambda_usage": 0.0, "warmup": 0.0, "threshold": 0.0, "alpha": 0.99, "tau": 0.07, "batch": 4, "epochs": 100.0,
+         "optimizer": "sgd", "lr": 1e-4, "weight_decay": 3e-5}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +110,7 @@ class Settings:
 
 def supervised_loss(s: Settings, student: VQSeg, x_l: Tensor, y_l: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The baseline: L_seg of Eq. 8 and nothing else."""
-    seg = losses.segmentation_loss(student(x_l), y_l, dice_weight=s.lambda_dice)
+    seg = losses.segmentation_loss(student(x_l), y_l, None, s.lambda_dice, total)
     return seg, {"loss": seg, "seg_l": seg}
 
 
@@ -108,28 +129,42 @@ def vqseg_loss(s: Settings, student: VQSeg, teacher: VQSeg, fm: nn.Module | None
         pseudo = losses.pseudo_label(teacher(x_u), s.threshold) if lambda_u else None
     # 2. The student encodes labelled slices and strong views together; Eq. 2 makes tokens of them.
     z, skips = student.encoder(torch.cat([x_l, x_a]))
-    q = student.quantizer(z)
+    q = student.quantizer(z, total)
     # 3. QPM perturbs the unlabelled tokens, Eq. 4.
-    perturbed = student.perturb(z[B:], q.codes[B:], q.indices[B:], s.perturb, s.eps, s.temperature, generator) if lambda_u else q.codes[B:]
+    perturbed = q.codes[B:]
+    if lambda_u:
+        perturbed = student.perturb(z[B:], perturbed, q.indices[B:], s.perturb, s.eps, s.temperature, generator, q.codebook)
     # 4. Both branches decode from the shared post-VQ space, Eq. 7.
     y_hat = student.segmentation_decoder(torch.cat([q.codes[:B], perturbed]), skips)
     x_hat = student.image_decoder(q.codes) if s.lambda_rec else torch.cat([x_l, x_u])
     # 5. Eq. 8, 9, 10.
-    l_l = losses.labelled_loss(x_hat[:B], x_l, y_hat[:B], y_l, s.lambda_rec, s.lambda_dice)
+    l_l = losses.labelled_loss(x_hat[:B], x_l, y_hat[:B], y_l, s.lambda_rec, s.lambda_dice, total)
     l_u = losses.BranchLoss(zero, zero, zero)
     if lambda_u:
-        l_u = losses.unlabelled_loss(x_hat[B:], x_u, y_hat[B:], pseudo, s.lambda_rec, s.lambda_dice)
+        l_u = losses.unlabelled_loss(x_hat[B:], x_u, y_hat[B:], pseudo, s.lambda_rec, s.lambda_dice, total)
     l_db = losses.dual_branch_loss(l_l.total, l_u.total, lambda_u)
-    # 6. Tokens align with the frozen model's features of the undisturbed slices, Eq. 11; the sum is Eq. 12.
+    # 6. Tokens align with the frozen model's features of the undisturbed slices, one pass for all, Eq. 11; the sum is Eq. 12.
     l_align = zero
     if fm is not None and s.lambda_a:
-        f_fm = fm(torch.cat([x_l, x_u]))
+        with torch.no_grad():
+            f_fm = fm(torch.cat([x_l, x_u]))
         l_align = losses.alignment_loss(student.adapter(q.codes, f_fm.shape[-2:]), f_fm, s.tau)
     loss = losses.total_loss(l_db, l_align, s.lambda_a) + s.lambda_vq * q.loss
     terms = {"loss": loss, "seg_l": l_l.seg, "rec_l": l_l.rec, "align": l_align, "vq": q.loss, "indices": q.indices}
     if lambda_u:
         terms |= {"seg_u": l_u.seg, "rec_u": l_u.rec, "kept": pseudo.keep.mean()}
     return loss, terms
+
+
+class Step(nn.Module):
+    """One forward pass that ends in the loss: what DistributedDataParallel wraps."""
+
+    def __init__(self, student: VQSeg):
+        super().__init__()
+        self.student = student
+
+    def forward(self, s: Settings, *given) -> tuple[Tensor, dict[str, Tensor]]:
+        return supervised_loss(s, self.student, *given) if s.supervised else vqseg_loss(s, self.student, *given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,66 +184,89 @@ class Place:
 
 
 def train(s: Settings, stop: list[str]) -> None:
-    """Ctrl-C fills `stop`; the loop then ends at its next line, where a checkpoint goes on bitwise as if nothing had happened."""
-    device = pick_device(s.device)
+    """Ctrl-C fills `stop`; the loop then ends at its next line, where a checkpoint goes on bitwise as if nothing had happened.
+
+    With torchrun, every process runs this. Each draws the joint batch and keeps its share, so that n processes do what one does
+    with the joint batch; only the first one (rank 0) writes, prints and validates.
+    """
+    rank, world, device = join_processes(s)
     amp = has_bfloat16(device)
     # Everything the run needs is found, read and checked before anything is written.
     root, split = data.open_dataset(s.data, s.root)
     labelled_cases, unlabelled_cases = data.training_cases(root, split, s.labeled)
     val_cases = data.find_cases(root, split["val"], need_masks=True)
     labelled, unlabelled = Slices(labelled_cases), Slices(unlabelled_cases)
-    print(f"{s.data}: {s.labeled} labelled patients ({len(labelled)} slices), {len(unlabelled_cases)} unlabelled frames "
-          f"({len(unlabelled)} slices), {len(val_cases)} validation volumes; {device}, {'bfloat16' if amp else 'float32'}")
+    steps = s.steps or math.ceil(s.epochs * len(unlabelled) / (s.batch * world))  # 0: the clock decides
+    say = print if rank == 0 else lambda *_, **__: None
+    say(f"{s.data}: {s.labeled} labelled patients ({len(labelled)} slices), {len(unlabelled_cases)} unlabelled frames "
+        f"({len(unlabelled)} slices), {len(val_cases)} validation volumes; {device}, {'bfloat16' if amp else 'float32'}")
     for name in labelled.absent_classes(data.CLASSES):
-        print(f"WARNING: no labelled slice shows the class {name}: it cannot be learned", flush=True)
-    student, teacher, fm, optimizer = build(s, device)
-    run = Path(s.resume) if s.resume else make_run_folder(s, {"labelled": labelled_cases, "unlabelled": unlabelled_cases, "val": val_cases})
+        say(f"WARNING: no labelled slice shows the class {name}: it cannot be learned", flush=True)
+    student, teacher, fm, optimizer, about = build(s, device, say)
+    crop, view = (pixels // student.stride * student.stride for pixels in (data.CROP, data.VIEW))  # whole patches of the network
+    run = Path(s.resume) if s.resume else Path()
+    if rank == 0 and not s.resume:
+        run = make_run_folder(s, world, about["fm"], {"labelled": labelled_cases, "unlabelled": unlabelled_cases, "val": val_cases})
     at = restore(run, student, teacher, optimizer, device) if s.resume else Place()
-    record = Record(run, s.codebook_size, device, at)
-    sample = data.crop_center(data.to_grid(torch.from_numpy(data.read_image(val_cases[0].image)[0])))  # for the figure of model.py
-    fixed = {"settings": asdict(s), "classes": len(data.CLASSES), "sample": sample[len(sample) // 2][None].clone()}
-    if at.step == 0 and not s.supervised:
-        snapshot(run, 0, teacher, [labelled, unlabelled], device)
-    print(f"{run}: training for {f'{s.steps} steps' if s.steps else f'{s.minutes:g} minutes'}, from step {at.step} on", flush=True)
+    record = Record(run, s.codebook_size, device, at, rank == 0)
+    step = Step(student)
+    if world > 1:
+        unused = s.supervised or not (s.lambda_rec and s.lambda_a)  # whether some parameters get no gradient
+        step = DistributedDataParallel(step, find_unused_parameters=unused)
+    sample = data.to_grid(torch.from_numpy(data.read_image(val_cases[0].image)[0]))  # for the figure of model.py
+    sample = data.crop_center(sample, view)[len(sample) // 2][None].clone()
+    fixed = {"settings": asdict(s), "view": view, "sample": sample, **about}
+    if rank == 0 and at.step == 0 and not s.supervised:
+        snapshot(run, 0, teacher, [labelled, unlabelled], device, view)
+    say(f"{run}: training for {f'{steps} steps' if steps else f'{s.minutes:g} minutes'}, from step {at.step} on", flush=True)
 
-    every = 50 if s.steps == 0 or s.steps >= 500 else max(1, s.steps // 10)
+    every = 50 if steps == 0 or steps >= 500 else max(1, steps // 10)
     start = time.perf_counter() - at.seconds
+    mine = slice(rank * s.batch, (rank + 1) * s.batch)
     while at.progress < 1:
         # 1. What is random in this step, and the learning rate: the polynomial schedule of 4.2 after a short warm-up.
-        generator, pick = generators(device, s.seed, at.step)
+        generator, _ = generators(device, s.seed, at.step)
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (at.step + 1) / 100) * (1 - at.progress) ** 0.9
         # 2. Labelled slices with their masks, unlabelled slices in a weak and a strong view of the same geometry.
-        l_numbers, u_numbers = (torch.randint(len(some), (s.batch,), generator=pick) for some in (labelled, unlabelled))
-        x_l, y_l = data.weak_view(*labelled.batch(l_numbers, device), generator)
+        l_numbers, u_numbers = pick_slices(s, at.step, world, labelled, unlabelled)
+        x_l, y_l = data.weak_view(*labelled.batch(l_numbers, device), generator, crop)
         x_l = data.strong_view(x_l, generator)
-        x_u, _ = data.weak_view(*unlabelled.batch(u_numbers, device), generator)
+        x_u, _ = data.weak_view(*unlabelled.batch(u_numbers, device), generator, crop)
         x_a = data.strong_view(x_u, generator)
+        skip_draws(generator, s, rank, student, crop)
+        x_l, y_l, x_u, x_a = (t[mine] for t in (x_l, y_l, x_u, x_a))
         # 3. The loss of the paper, or of the baseline.
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             if s.supervised:
-                loss, terms = supervised_loss(s, student, x_l, y_l)
+                loss, terms = step(s, x_l, y_l)
             else:
-                loss, terms = vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, at.progress, generator)
-        if not torch.isfinite(loss):
-            slices = ", ".join(labelled.names(l_numbers) + unlabelled.names(u_numbers))
-            raise FloatingPointError(f"step {at.step}: the loss is not finite: {show(terms)}; slices: {slices}")
+                loss, terms = step(s, teacher, fm, x_l, y_l, x_u, x_a, at.progress, generator)
         # 4. Student by gradient, teacher by moving average (its first steps average less, or it would remember the start).
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         ema_update(teacher, student, min(s.alpha, 1 - 1 / (at.step + 1)))
-        # 5. The record: a line every 50 steps, validation ten times in a run, a checkpoint with it and every minute.
+        # 5. The record: a line every 50 steps, validation ten times in a run, a checkpoint with it and every minute. Only a line
+        #    reads numbers back from the device, so that a GPU never waits in between.
         at.step, at.seconds = at.step + 1, time.perf_counter() - start
-        at.progress = min(1.0, at.step / s.steps if s.steps else at.seconds / (60 * s.minutes))
+        at.progress = min(1.0, at.step / steps if steps else at.seconds / (60 * s.minutes))
         record.add(terms)
         if at.step % every and at.progress < 1:
             continue
+        stopping = total(torch.tensor(len(stop), device=device)) > 0  # all or none
+        bad = record.first_not_finite()
+        if bad is not None:
+            bad_step, shown = at.step - record.steps + bad, show(record.terms[bad])
+            l_numbers, u_numbers = pick_slices(s, bad_step, world, labelled, unlabelled)
+            slices = ", ".join(labelled.names(l_numbers[mine]) + unlabelled.names(u_numbers[mine]))
+            raise FloatingPointError(f"step {bad_step}: the loss is not finite: {shown}; slices: {slices}")
         record.line(at)
         validate = int(10 * at.progress) > at.checks
         if validate:
             first, at.checks = at.checks == 0, int(10 * at.progress)
-            rows = evaluate.evaluate(teacher, val_cases, data.CLASSES, device, amp, distances=False, views=evaluate.ONE_VIEW)
+        if validate and rank == 0:
+            rows = evaluate.evaluate(teacher, val_cases, data.CLASSES, device, amp, distances=False, views=evaluate.ONE_VIEW, view=view)
             score = evaluate.mean_dice(rows)
             record.write({"step": at.step, "progress": round(at.progress, 4), "val_dice": round(score, 5)})
             better = ", the best so far" if score > at.best else ""
@@ -217,38 +275,43 @@ def train(s: Settings, stop: list[str]) -> None:
                 at.best = score
                 save(run / "best.pt", fixed | {"step": at.step, "val_dice": score, "teacher": teacher.state_dict()})
             if first and not s.supervised:
-                snapshot(run, at.step, teacher, [labelled, unlabelled], device)
-        if validate or stop or at.seconds > at.saved + 60:
+                snapshot(run, at.step, teacher, [labelled, unlabelled], device, view)
+        if validate or stopping or at.seconds > at.saved + 60:
             at.saved = at.seconds
-            save(run / "last.pt", {"place": asdict(at), "teacher": teacher.state_dict(), "student": student.state_dict(),
-                                   "optimizer": optimizer.state_dict()})
-        if stop:
+            if rank == 0:
+                save(run / "last.pt", {"place": asdict(at), "teacher": teacher.state_dict(), "student": student.state_dict(),
+                                       "optimizer": optimizer.state_dict()})
+        if stopping:
             raise KeyboardInterrupt
-    finish(s, run, labelled, unlabelled, val_cases, device, at)
+    if rank == 0:
+        finish(s, run, labelled, unlabelled, val_cases, device, at)
+    if world > 1:
+        dist.barrier()  # while the first one finishes; leaving at once can deadlock in gloo's destructor
+        dist.destroy_process_group()
 
 
 def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cases: list[Case], device: torch.device, at: Place) -> None:
     """The table and the picture of the best teacher, and how much of the codebook the training slices use: all in float32."""
     model, saved = evaluate.load(run, device)
-    rows = evaluate.evaluate(model, val_cases, data.CLASSES, device)
+    rows = evaluate.evaluate(model, val_cases, data.CLASSES, device, view=saved["view"])
     evaluate.write_csv(run / "val.csv", rows)
     result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": at.step}
-    result |= {"minutes": round(at.seconds / 60, 2), "fm": "none" if s.supervised else s.fm}
+    result |= {"minutes": round(at.seconds / 60, 2), "fm": saved["fm"]}
     print(f"\n{run}: teacher of step {saved['step']} of {at.step}, best on validation; {at.seconds / 60:.1f} minutes; "
           f"foundation model: {result['fm']}")
     if not s.supervised:
-        used = snapshot(run, saved["step"], model, [labelled, unlabelled], device)
+        used = snapshot(run, saved["step"], model, [labelled, unlabelled], device, saved["view"])
         result |= {"utilization": used.utilization, "perplexity": used.perplexity}
         print(f"codebook over all training slices: {used.utilization:.1%} of {s.codebook_size} in use, perplexity {used.perplexity:.0f}")
     print(evaluate.table(rows))
-    evaluate.draw(model, val_cases, rows, device, run / "predictions.png")
+    evaluate.draw(model, val_cases, rows, device, run / "predictions.png", saved["view"])
     (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {run}/val.csv, predictions.png, result.json, log.jsonl, best.pt, last.pt")
 
 
-def snapshot(run: Path, step: int, teacher: VQSeg, sets: list[Slices], device: torch.device) -> Usage:
+def snapshot(run: Path, step: int, teacher: VQSeg, sets: list[Slices], device: torch.device, view: int) -> Usage:
     """Add the codebook, and how often the training slices use each codeword, to RUN/codebooks.pt; `python vq.py RUN` draws it."""
-    counts = evaluate.codeword_counts(teacher, sets, device)
+    counts = evaluate.codeword_counts(teacher, sets, device, view)
     path = run / "codebooks.pt"
     earlier = [e for e in torch.load(path, weights_only=True) if e["step"] < step] if path.exists() else []
     save(path, earlier + [{"step": step, "codebook": teacher.quantizer.codebook.detach().cpu(), "counts": counts}])
@@ -260,44 +323,58 @@ def snapshot(run: Path, step: int, teacher: VQSeg, sets: list[Slices], device: t
 
 
 class Record:
-    """Means of the terms since the last line: one line on the screen, the same as JSON in RUN/log.jsonl."""
+    """Means of the terms since the last line: one line on the screen, the same as JSON in RUN/log.jsonl.
 
-    def __init__(self, run: Path, codebook_size: int, device: torch.device, at: Place):
-        self.path, self.low = run / "log.jsonl", 0
+    `add` only keeps what the device has computed; `line` reads it, and means over all processes.
+    """
+
+    def __init__(self, run: Path, codebook_size: int, device: torch.device, at: Place, writes: bool = True):
+        self.path, self.writes, self.low = run / "log.jsonl", writes, 0
         self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
         self.clear()
         # A run that is resumed writes the lines after its checkpoint again: take out those, and one torn by the crash.
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [text for text in lines if text.endswith("\n") and json.loads(text)["step"] <= at.step]
-        self.path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(self.path.with_suffix(".tmp"), self.path)
+        if writes:
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            kept = [text for text in lines if text.endswith("\n") and json.loads(text)["step"] <= at.step]
+            self.path.with_suffix(".tmp").write_text("".join(kept))
+            os.replace(self.path.with_suffix(".tmp"), self.path)
 
     def clear(self) -> None:
-        self.since, self.steps, self.sums, self.times = time.perf_counter(), 0, {}, {}
+        self.since, self.terms = time.perf_counter(), []
         self.counts.zero_()
 
+    @property
+    def steps(self) -> int:
+        return len(self.terms)
+
     def add(self, terms: dict[str, Tensor]) -> None:
-        self.steps += 1
-        for name, value in terms.items():
-            if name == "indices":
-                self.counts += torch.bincount(value.flatten(), minlength=len(self.counts))
-            else:
-                self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-                self.times[name] = self.times.get(name, 0) + 1
+        self.terms.append({name: value.detach() for name, value in terms.items() if name != "indices"})
+        if "indices" in terms:
+            used = terms["indices"].flatten()
+            self.counts.scatter_add_(0, used, torch.ones_like(used))
+
+    def first_not_finite(self) -> int | None:
+        """The first step since the last line whose loss is not finite, counted from 0."""
+        finite = torch.stack([terms["loss"] for terms in self.terms]).isfinite().tolist()
+        return None if all(finite) else finite.index(False)
 
     def line(self, at: Place) -> None:
+        names = list(dict.fromkeys(name for terms in self.terms for name in terms))
+        means = torch.stack([torch.stack([t[name].float() for t in self.terms if name in t]).mean() for name in names])
+        means, counts = (total(means) / total(torch.ones_like(means))).tolist(), total(self.counts)
         line = {"step": at.step, "progress": round(at.progress, 4)}
-        line |= {name: round(total.item() / self.times[name], 5) for name, total in self.sums.items()}
-        if self.counts.any():
-            used = usage(torch.repeat_interleave(self.counts), len(self.counts))
+        line |= {name: round(mean, 5) for name, mean in zip(names, means)}
+        if counts.any():
+            used = usage(torch.repeat_interleave(counts), len(counts))
             line |= {"utilization": round(used.utilization, 4), "perplexity": round(used.perplexity, 1)}
             self.low = self.low + 1 if used.utilization < 0.05 else 0
-            if self.low == 10:
+            if self.low == 10 and self.writes:
                 print("WARNING: under 5 % of the codebook in use for ten lines: QPM has nothing to exchange; see usage_loss in vq.py")
         line["steps_per_s"] = round(self.steps / (time.perf_counter() - self.since), 2)
         left = at.seconds * (1 / at.progress - 1) / 60
-        print("  ".join(f"{k} {v:g}" for k, v in line.items()) + f"  left {left:.1f} min", flush=True)
-        self.write(line)
+        if self.writes:
+            print("  ".join(f"{k} {v:g}" for k, v in line.items()) + f"  left {left:.1f} min", flush=True)
+            self.write(line)
         self.clear()
 
     def write(self, line: dict) -> None:
@@ -358,6 +435,52 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
+def join_processes(s: Settings) -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device: 0 and 1 without torchrun; with it, one process per GPU, or several on the CPU."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(s.device)
+    if world == 1:
+        return 0, 1, device
+    if s.minutes:
+        raise BadInput("--minutes: the clocks of several processes differ; give --steps or --epochs")
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+class Total(torch.autograd.Function):
+    """The sum over all processes. Each has that sum in its loss, so what the sum's part here gets is the sum of their gradients."""
+
+    @staticmethod
+    def forward(context, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+def total(x: Tensor) -> Tensor:
+    return Total.apply(x) if dist.is_initialized() else x
+
+
+def pick_slices(s: Settings, step: int, world: int, labelled: Slices, unlabelled: Slices) -> tuple[Tensor, Tensor]:
+    """The numbers of the labelled and of the unlabelled slices of this step's joint batch."""
+    _, pick = generators(torch.device("cpu"), s.seed, step)
+    return tuple(torch.randint(len(some), (world * s.batch,), generator=pick) for some in (labelled, unlabelled))
+
+
+def skip_draws(generator: torch.Generator, s: Settings, rank: int, student: VQSeg, crop: int) -> None:
+    """Pass over the numbers that the processes before this one draw for the tokens of their share.
+
+    So two processes on a CPU perturb as one does; CUDA draws in another order, and there it only keeps the processes apart.
+    """
+    each = {"qpm": 2, "shuffle": 1, "dropout": student.dim, "none": 0}[s.perturb]
+    torch.rand(rank * s.batch * (crop // student.stride) ** 2 * each, generator=generator, device=generator.device)
+
+
 def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Generator, torch.Generator]:
     """For step `step` of seed `seed`: one generator on the device, for the tensors, and one on the CPU, to pick slices.
 
@@ -368,16 +491,68 @@ def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Genera
     return torch.Generator(device).manual_seed(int(states[0])), torch.Generator().manual_seed(int(states[1]))
 
 
-def build(s: Settings, device: torch.device) -> tuple[VQSeg, VQSeg, nn.Module | None, torch.optim.Optimizer]:
-    """Student, teacher (a copy that no gradient reaches), foundation model, optimizer."""
+def build(s: Settings, device: torch.device, say=print) -> tuple[VQSeg, VQSeg, nn.Module | None, torch.optim.Optimizer, dict]:
+    """Student, teacher (a copy that no gradient reaches), foundation model, optimizer, and what a checkpoint must know of them."""
+    fm, fm_name = (None, "none") if s.supervised else foundation_model(s, say)
+    network = {"classes": len(data.CLASSES), "codebook_size": s.codebook_size, "dim": s.dim, "width": s.width, "quantize": not s.supervised,
+               "encoder": s.encoder, "fm_channels": fm.channels if fm else 0, "usage_weight": s.lambda_usage}
+    pretrained = pretrained_dinov2(s, download=False) if s.encoder == "dinov2" else None
     torch.manual_seed(s.seed)
-    fm = StandInFM().to(device) if s.fm == "standin" and not s.supervised else None
-    student = VQSeg(len(data.CLASSES), s.codebook_size, s.dim, s.width, quantize=not s.supervised).to(device)
+    student = VQSeg(**network)
+    if pretrained:
+        if pretrained.channels != student.dim:
+            raise BadInput(f"--fm-weights {s.fm_weights}: has {pretrained.channels} channels; give ViT-S/14, with {student.dim}")
+        student.encoder.vit.load_state_dict(pretrained.state_dict())
+    elif s.encoder == "dinov2":
+        say("WARNING: no weights at hand: the DINOv2 encoder starts from random ones; give --fm-weights FILE", flush=True)
+    student = student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    return student, teacher, fm, torch.optim.AdamW(student.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    fm = fm.to(device).requires_grad_(False).eval() if fm else None
+    if s.compile:
+        for net in (student, teacher):
+            for part in (net.encoder, net.segmentation_decoder, net.image_decoder):
+                part.compile()
+    if s.optimizer == "sgd":
+        optimizer = torch.optim.SGD(student.parameters(), lr=s.lr, momentum=0.9, weight_decay=s.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.AdamW(student.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
+    return student, teacher, fm, optimizer, {"network": network, "fm": fm_name}
 
 
-def make_run_folder(s: Settings, cases: dict[str, list[Case]]) -> Path:
+def foundation_model(s: Settings, say) -> tuple[nn.Module | None, str]:
+    """The frozen model of Eq. 11 that --fm asks for, and its name for the record."""
+    if s.fm == "none":
+        return None, "none"
+    if s.fm == "standin":
+        return StandInFM(), "stand-in, random features"
+    if s.fm == "torchscript":
+        try:
+            return TorchScriptFM(Path(s.fm_weights)), f"TorchScript {s.fm_weights}"
+        except (*evaluate.NOT_OURS, OSError) as error:
+            remedy = "give what torch.jit.trace(model, torch.zeros(1, 3, 128, 128)).save(FILE) writes"
+            raise BadInput(f"--fm-weights {s.fm_weights}: no TorchScript feature extractor ({data.first_line(error)}); {remedy}") from None
+    fm = pretrained_dinov2(s, download=s.fm == "dinov2")
+    if fm:
+        return fm, f"DINOv2, {fm.channels} channels"
+    if s.fm == "dinov2":
+        raise BadInput(f"--fm dinov2: its weights cannot be had; download {OFFICIAL} elsewhere and give --fm-weights FILE")
+    say("NO FOUNDATION MODEL: no DINOv2 weights at hand, so Eq. 11 is left out; --fm dinov2 downloads them, --fm-weights FILE names "
+        "them, --fm none keeps quiet", flush=True)
+    return None, "none (--fm auto found no weights)"
+
+
+def pretrained_dinov2(s: Settings, download: bool) -> DINOv2 | None:
+    """DINOv2 from --fm-weights, or from the official file where that is to be had."""
+    path = Path(s.fm_weights) if s.fm_weights and s.fm != "torchscript" else None
+    try:
+        path = path or official_weights(download)
+        return load_dinov2(path) if path else None
+    except (*evaluate.NOT_OURS, OSError) as error:
+        where = f"--fm-weights {path}" if s.fm_weights else "DINOv2"
+        raise BadInput(f"{where}: not DINOv2 weights in the official format ({data.first_line(error)}); get {OFFICIAL}") from None
+
+
+def make_run_folder(s: Settings, processes: int, fm: str, cases: dict[str, list[Case]]) -> Path:
     """A new folder with the record of what is about to run. A folder that holds a run already is never written over."""
     name = "supervised" if s.supervised else f"vqseg-{s.perturb}"
     run = Path(s.out or f"runs/{s.data}-{s.labeled}-{name}-seed{s.seed}")
@@ -391,7 +566,7 @@ def make_run_folder(s: Settings, cases: dict[str, list[Case]]) -> Path:
     here = Path(__file__).parent
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip()
     record = {"settings": asdict(s), "command": sys.argv, "commit": commit or "unknown", "torch": torch.__version__,
-              "numpy": np.__version__, "python": sys.version.split()[0], "chosen_on": "val"}
+              "numpy": np.__version__, "python": sys.version.split()[0], "chosen_on": "val", "processes": processes, "fm": fm}
     record |= {part: [case.name for case in some] for part, some in cases.items()}
     (run / "record.tmp").write_text(json.dumps(record, indent=2) + "\n")
     os.replace(run / "record.tmp", run / "record.json")
@@ -415,13 +590,16 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     given = vars(parser.parse_args(arguments))  # only what stands on the command line
     if "resume" in given:
         return resumed_settings(given)
+    budgets = [name for name in ("minutes", "steps", "epochs") if given.get(name)]
+    if len(budgets) > 1:
+        raise BadInput(f"--{budgets[0]} and --{budgets[1]}: give one of them")
+    if given.get("paper"):
+        given = {name: value for name, value in PAPER.items() if not (budgets and name == "epochs")} | given
     s = Settings(**given)
     if s.labeled == -1:
         s.labeled = 3 if s.data == "phantom" else 7
-    if not s.minutes and not s.steps:
+    if not s.minutes and not s.steps and not s.epochs:
         s.minutes = 3.0 if s.data == "phantom" else 30.0
-    if s.minutes and s.steps:
-        raise BadInput("--minutes and --steps: give one of them")
     for f in fields(Settings):
         low, high = f.metadata["low"], f.metadata["high"]
         if isinstance(f.default, (int, float)) and not low <= getattr(s, f.name) <= high:
@@ -438,10 +616,15 @@ def resumed_settings(given: dict) -> Settings:
     """The settings that a run began with. A flag that says otherwise is refused: it would be another run."""
     run = given["resume"]
     try:
-        recorded = json.loads((Path(run) / "record.json").read_text())["settings"]
+        record = json.loads((Path(run) / "record.json").read_text())
+        recorded, processes = record["settings"], record["processes"]
         s = Settings(**recorded | {"resume": run, "out": run})
+        if record["fm"].startswith("none"):
+            s.fm = "none"  # also where --fm auto would find weights by now
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"--resume {run}: holds no run of train.py; give the folder that it printed") from None
+    if processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise BadInput(f"--resume {run}: began with {processes} processes; start as many with torchrun --nproc-per-node {processes}")
     for name, value in given.items():
         if name not in ("resume", "out") and value != recorded[name]:
             flag = "--" + name.replace("_", "-")

@@ -9,7 +9,7 @@ The paper does not say:
     loss (codewords go to the tokens) and the commitment loss with beta = 0.25 (tokens go to their codewords).
   - how a quantizer trained from scratch stays alive. Here it does not by itself: see `usage_loss`. The authors'
     release has a term of this kind too, though their paper has none. Its size here, 0.1 at temperature 0.05, is a start
-    taken from an earlier prototype and not yet swept.
+    taken from an earlier prototype and not yet swept; `train.py --paper` leaves it out.
   - the length of a codeword. Ours have unit length, and the model makes its tokens unit length, so that the distances of
     Eq. 2 and Eq. 4 lie in [0, 2] whatever the network does, and one temperature suits a whole run.
 
@@ -17,6 +17,7 @@ Run `python vq.py RUN` to draw the codebook of a training run as in Appendix E: 
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Quantized(NamedTuple):
     codes: Tensor  # (B,D,h,w) q(z): forward the nearest codeword, backward the identity
     indices: Tensor  # (B,h,w) int64, values in [0,K)
     loss: Tensor  # () codebook + beta * commitment + usage_weight * usage
+    codebook: Tensor  # (K,D) as it was, so that nobody need compute it again
 
 
 class Usage(NamedTuple):
@@ -40,7 +42,8 @@ class Usage(NamedTuple):
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     """Eq. 2: i = argmin_k || z - c_k ||_2 for any number of tokens.
 
-    z (..., D), codebook (K,D) -> (...) int64. Bounded memory: 64 MB of distances at a time, never tokens x K.
+    z (..., D), codebook (K,D) -> (...) int64. Bounded memory: 64 MB of distances at a time, never tokens x K. Nearly all of
+    its time is the one matrix product (`python tests/bench.py`).
     """
     K, D = codebook.shape
     if z.shape[-1] != D:
@@ -72,16 +75,18 @@ def codebook_loss(z: Tensor, codes: Tensor, beta: float = 0.25) -> Tensor:
     return to_token + beta * to_codeword
 
 
-def usage_loss(z: Tensor, codebook: Tensor, temperature: float = 0.05) -> Tensor:
+def usage_loss(z: Tensor, codebook: Tensor, temperature: float = 0.05, total: Callable[[Tensor], Tensor] = nn.Identity()) -> Tensor:
     """mean entropy of each token's soft assignment - entropy of the mean assignment, in nats; in [-log K, 0].
 
     Soft assignment: softmax_k( -||z - c_k||^2 / temperature ). Low when every token is sure of its codeword and all
     codewords are wanted equally. z (N,D), codebook (K,D), temperature in squared distance (unit-length codewords: 0 to 4).
+    The mean assignment is that of the tokens of all processes: `total` sums over them, and is the identity where there is one.
     """
     distance = z.square().sum(1, keepdim=True) - 2 * z @ codebook.T + codebook.square().sum(1)  # (N,K)
     log_p = F.log_softmax(-distance / temperature, dim=1)
     p = log_p.exp()
-    mean_p = p.mean(0)
+    wanted = total(p.sum(0))  # (K,), sums to the number of tokens
+    mean_p = wanted / wanted.sum()
     each = -(p * log_p).sum(1).mean()
     together = -(mean_p * mean_p.clamp_min(1e-12).log()).sum()
     return each - together
@@ -100,7 +105,7 @@ def usage(indices: Tensor, codebook_size: int) -> Usage:
 class VectorQuantizer(nn.Module):
     """K codewords of D channels: `codebook` = unit-length rows of Linear(frozen table)."""
 
-    def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, usage_weight: float = 0.1, usage_tokens: int = 2048):
+    def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, usage_weight: float = 0.1, usage_tokens: int = 64):
         super().__init__()
         self.codebook_size, self.beta, self.usage_weight, self.usage_tokens = codebook_size, beta, usage_weight, usage_tokens
         # A buffer, not a parameter: saved and moved with the model, never touched by the optimizer.
@@ -119,7 +124,12 @@ class VectorQuantizer(nn.Module):
         codebook = self.codebook if codebook is None else codebook
         return F.embedding(indices, codebook).permute(0, 3, 1, 2)
 
-    def forward(self, z: Tensor) -> Quantized:
+    def quantize(self, z: Tensor) -> Tensor:
+        """q(z) alone, (B,D,h,w) -> (B,D,h,w), where nothing is learned: no loss, no straight-through."""
+        codebook = self.codebook
+        return self.indices_to_codes(nearest(z.permute(0, 2, 3, 1), codebook), codebook)
+
+    def forward(self, z: Tensor, total: Callable[[Tensor], Tensor] = nn.Identity()) -> Quantized:
         B, D, h, w = z.shape
         codebook = self.codebook  # (K,D)
         tokens = z.permute(0, 2, 3, 1).float()  # (B,h,w,D)
@@ -128,11 +138,10 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             loss = codebook_loss(tokens, codes, self.beta)
             if self.usage_weight:
-                flat = tokens.reshape(B * h * w, D)
-                # The term needs a (tokens, K) table with its gradient; an even sample of the batch says as much.
-                flat = flat[:: max(1, -(-len(flat) // self.usage_tokens))]
-                loss = loss + self.usage_weight * usage_loss(flat, codebook)
-        return Quantized(straight_through(z, codes.permute(0, 3, 1, 2)), indices, loss)
+                # The term needs a (tokens, K) table with its gradient; an even sample of each image's tokens says as much.
+                some = tokens.reshape(B, h * w, D)[:, :: -(-h * w // self.usage_tokens)]
+                loss = loss + self.usage_weight * usage_loss(some.reshape(-1, D), codebook, total=total)
+        return Quantized(straight_through(z, codes.permute(0, 3, 1, 2)), indices, loss, codebook)
 
 
 def main() -> None:

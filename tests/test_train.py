@@ -20,12 +20,12 @@ from data import BadInput
 from train import Settings
 
 CPU = torch.device("cpu")
-SMALL = Settings(labeled=2, steps=5, batch=2, width=8, dim=8, codebook_size=32, device="cpu")
+SMALL = Settings(labeled=2, steps=5, batch=2, width=8, dim=8, codebook_size=32, device="cpu", fm="standin")
 
 
 def one_step(s: Settings, progress: float = 1.0, seed: int = 0):
     """Networks and the loss of one step on random images, backward done."""
-    student, teacher, fm, _ = train.build(s, CPU)
+    student, teacher, fm, *_ = train.build(s, CPU)
     g = torch.Generator().manual_seed(seed)
     x_l, x_u, x_a = (torch.rand(2, 1, 64, 64, generator=g) for _ in range(3))
     y_l = torch.randint(0, 4, (2, 64, 64), generator=g)
@@ -58,7 +58,7 @@ def test_eq12_is_the_weighted_sum_of_the_printed_terms(progress, share):
 def test_a_step_is_figure_2_walked_by_hand():
     """Who sees what: each term again, from the networks' parts, one branch at a time."""
     s = replace(SMALL, tau=0.2, lambda_dice=0.5, temperature=0.3, eps=0.6, threshold=0.3)
-    student, teacher, fm, _ = train.build(s, CPU)
+    student, teacher, fm, *_ = train.build(s, CPU)
     g = torch.Generator().manual_seed(5)
     for p in teacher.parameters():  # a teacher that says something else than the student
         p.add_(0.3 * p.std() * torch.randn(p.shape, generator=g))
@@ -114,7 +114,7 @@ def test_each_part_gets_its_gradient_from_its_own_term_only(weight, part):
 @pytest.mark.parametrize("changes, progress", [({"lambda_u": 0.0}, 1.0), ({"warmup": 0.5}, 0.4)])
 def test_unlabelled_batch_changes_nothing_when_lambda_u_is_0_and_during_the_warm_up(changes, progress):
     s = replace(SMALL, **changes)
-    student, teacher, fm, _ = train.build(s, CPU)
+    student, teacher, fm, *_ = train.build(s, CPU)
     x_l, y_l = torch.rand(2, 1, 64, 64), torch.randint(0, 4, (2, 64, 64))
     gradients = []
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_unlabelled_batch_changes_nothing_when_lambda_u_is_0_and_during_the_warm
 
 
 def test_pseudo_label_is_the_teachers_and_of_the_weak_view():
-    student, teacher, fm, _ = train.build(SMALL, CPU)
+    student, teacher, fm, *_ = train.build(SMALL, CPU)
     x_l, y_l, x_u, x_a = torch.rand(2, 1, 64, 64), torch.zeros(2, 64, 64).long(), torch.rand(2, 1, 64, 64), torch.rand(2, 1, 64, 64)
 
     def seg_u(net, weak):
@@ -141,7 +141,7 @@ def test_pseudo_label_is_the_teachers_and_of_the_weak_view():
 
 def test_supervised_baseline_is_l_seg_on_the_network_without_quantizer():
     s = replace(SMALL, supervised=True)
-    student, _, _, _ = train.build(s, CPU)
+    student, *_ = train.build(s, CPU)
     loss, terms = train.supervised_loss(s, student, torch.rand(2, 1, 64, 64), torch.randint(0, 4, (2, 64, 64)))
     loss.backward()
     moved = {n.split(".")[0] for n, p in student.named_parameters() if p.grad is not None and p.grad.any()}

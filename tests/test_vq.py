@@ -54,6 +54,15 @@ def test_usage_loss_is_minus_log_k_at_best_and_0_at_worst_and_equals_numpy():
     assert vq.usage_loss(z, c, 0.7).item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_usage_loss_of_two_processes_has_the_mean_assignment_of_both():
+    g = torch.Generator().manual_seed(0)
+    (a, b), c = torch.randn(2, 6, 4, generator=g), torch.randn(8, 4, generator=g)
+    there, here = (torch.softmax(-(torch.cdist(z, c) ** 2) / 0.7, 1).sum(0) for z in (b, a))  # what the other process has in its sum
+    halves = vq.usage_loss(a, c, 0.7, lambda x: x + there), vq.usage_loss(b, c, 0.7, lambda x: x + here)
+    assert (sum(halves) / 2).item() == pytest.approx(vq.usage_loss(torch.cat([a, b]), c, 0.7).item(), abs=1e-5)
+    assert halves[0].item() != pytest.approx(vq.usage_loss(a, c, 0.7).item(), abs=1e-3)
+
+
 def test_usage_by_hand():
     used = vq.usage(torch.tensor([[0, 0], [1, 1]]), 8)
     assert used.utilization == 0.25 and used.perplexity == pytest.approx(2)
@@ -82,10 +91,17 @@ def test_codes_are_the_codebook_at_the_indices_and_of_unit_length():
     assert torch.allclose(quantizer.codebook.norm(dim=1), torch.ones(16), atol=1e-5)
 
 
+def test_quantize_gives_the_codes_of_the_forward_pass():
+    torch.manual_seed(0)
+    quantizer, z = vq.VectorQuantizer(16, 5), torch.randn(2, 5, 3, 4)
+    assert torch.allclose(quantizer.quantize(z), quantizer(z).codes, atol=1e-6)
+
+
 def test_quantizer_loss_is_codebook_loss_plus_weighted_usage_of_an_even_sample():
     torch.manual_seed(0)
-    quantizer = vq.VectorQuantizer(16, 5, beta=0.5, usage_weight=0.3, usage_tokens=6)
+    quantizer = vq.VectorQuantizer(16, 5, beta=0.5, usage_weight=0.3, usage_tokens=3)
     z = torch.randn(2, 5, 3, 4)
     q, tokens = quantizer(z), z.permute(0, 2, 3, 1).reshape(24, 5)
     expected = vq.codebook_loss(tokens, quantizer.codebook[q.indices.flatten()], 0.5) + 0.3 * vq.usage_loss(tokens[::4], quantizer.codebook)
+    assert torch.equal(q.codebook, quantizer.codebook)
     assert q.loss.item() == pytest.approx(expected.item(), rel=1e-5)
