@@ -59,9 +59,17 @@ def distances(indices: Tensor, codebook: Tensor, squares: Tensor | None = None) 
     return squared.clamp_min_(0).sqrt_()
 
 
-def check_strength(eps: float) -> None:
+PROPOSALS = 16  # of `propose`
+DRAWS = 2 + 2 * PROPOSALS  # uniform numbers per token: whether it moves, where to in its row, the proposals
+
+
+def check(eps: float, temperature: float = 1.0, codebook_size: int = 2) -> None:
     if not 0 <= eps <= 1:
         raise ValueError(f"eps must lie in [0, 1], not {eps}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    if codebook_size < 2:
+        raise ValueError("a codebook of one codeword has nothing to exchange")
 
 
 def transition_rows(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 1.0, squares: Tensor | None = None) -> Tensor:
@@ -71,11 +79,7 @@ def transition_rows(indices: Tensor, codebook: Tensor, eps: float, temperature: 
             = eps * exp(-d(c_i,c_j)/T) / Z_i                     if j != i,   Z_i = sum_{k != i} exp(-d(c_i,c_k)/T)
     T -> 0 takes the nearest neighbor, T = inf any other codeword alike.
     """
-    check_strength(eps)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-    if len(codebook) < 2:
-        raise ValueError("a codebook of one codeword has nothing to exchange")
+    check(eps, temperature, len(codebook))
     own = indices[:, None]
     closeness = distances(indices, codebook, squares).mul_(-1 / temperature)  # (N,K)
     others = closeness.scatter_(1, own, -math.inf).softmax(1)  # -inf: j = i takes no part in Z_i
@@ -109,38 +113,58 @@ def qpm_kl_bound(codebook: Tensor, eps: float, temperature: float = 1.0) -> Tens
     return -torch.log(1 - eps + eps * torch.exp(-spread))
 
 
+def propose(indices: Tensor, codebook: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws j != i from Eq. 4 by rejection, without looking at all codewords: (N,) -> j (N,), and whether one was found (N,) bool.
+
+    Propose any other codeword with equal probability, accept it with probability exp(-d(c_i,c_j)/T): what is accepted first has
+    the distribution of Eq. 4, with no Z_i. uniform (N, 2 * PROPOSALS): to propose, and to accept. With codewords of unit length and
+    T = 1 a quarter is accepted, so that 16 proposals fail one token in a hundred; with a small T they fail nearly all.
+    """
+    propose, accept = uniform.chunk(2, dim=1)  # (N,PROPOSALS) each
+    j = (propose * (len(codebook) - 1)).long()
+    j += j >= indices[:, None]  # passes over i itself
+    d = (codebook[j] - codebook[indices][:, None]).square().sum(2).sqrt()  # (N,PROPOSALS)
+    accepted = accept < torch.exp(-d / temperature)
+    first = accepted.long().argmax(1, keepdim=True)
+    return j.gather(1, first)[:, 0], accepted.any(1)
+
+
 def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 1.0,
             generator: torch.Generator | None = None) -> Tensor:
     """QPM: replace each index i by a draw j ~ pi(.|i) of Eq. 4, independently per token. indices (...) -> (...).
 
-    Two uniform numbers per token: the first says whether it moves, the second finds the new codeword in the cumulative
-    distribution of the token's own row. No loop over codes, no K x K matrix: 16 MB of rows at a time, which stay in the cache.
-    The generator must live on the indices' device.
+    The first uniform number of a token says whether it moves. Where to: on a CPU by `propose`, or else, and on a GPU always, by
+    the cumulative distribution of the token's own row. No loop over codes, no K x K matrix: 16 MB of rows at a time, which stay
+    in the cache. The generator must live on the indices' device; it gives each token DRAWS numbers, so that tokens drawn in two
+    batches are drawn as in one.
     """
-    check_strength(eps)
+    check(eps, temperature, len(codebook))
     with torch.no_grad(), torch.autocast(codebook.device.type, enabled=False):
         flat = indices.reshape(-1)  # (N,)
-        uniform = torch.rand(len(flat), 2, generator=generator, device=flat.device, dtype=codebook.dtype)
+        uniform = torch.rand(len(flat), DRAWS, generator=generator, device=flat.device, dtype=torch.float64)
         moves = uniform[:, 0] < eps  # u < 1: eps = 0 is the identity, eps = 1 moves all
-        # A token that stays needs no row. To count them would make a GPU wait, so there all rows are computed.
-        which = moves.nonzero()[:, 0] if flat.device.type == "cpu" else torch.arange(len(flat), device=flat.device)
+        moved, rest = flat, torch.arange(len(flat), device=flat.device)
+        if flat.device.type == "cpu":  # how many tokens are left is a number that a GPU would have to wait for
+            which = moves.nonzero()[:, 0]
+            j, found = propose(flat[which], codebook, temperature, uniform[which, 2:])
+            moved, rest = flat.scatter(0, which, j), which[~found]
         centered = codebook - codebook.mean(0)
         squares = centered.square().sum(1)
-        drawn = []
-        rows = max(1, 2**22 // len(codebook))
-        for part, u in zip(flat[which].split(rows), uniform[which, 1:].split(rows)):
+        # Subtle: u < 1 in float32 too keeps the target below the last step, which is 1 but for rounding, and right=True passes
+        # steps of height 0, like that of i itself: what is found has positive probability. Only a NaN finds nothing: clamp.
+        below_1 = uniform[rest, 1:2].clamp(max=1 - 2**-24).to(codebook.dtype)
+        drawn, rows = [], max(1, 2**22 // len(codebook))
+        for part, u in zip(flat[rest].split(rows), below_1.split(rows)):
             row = transition_rows(part, centered, 1.0, temperature, squares)
             cumulative = torch.cumsum(row, 1, out=row)
-            # Subtle: u < 1 keeps the target below the last step, which is 1 but for rounding, and right=True passes steps of
-            # height 0, like that of i itself: what is found has positive probability.
             drawn.append(torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0])
-        moved = flat.scatter(0, which, torch.cat(drawn))
+        moved = moved.scatter(0, rest, torch.cat(drawn).clamp(max=len(codebook) - 1))
     return torch.where(moves, moved, flat).reshape(indices.shape)
 
 
 def shuffle(indices: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
     """The abstract's reading: round(eps * h*w) positions of each image exchange their indices. (B,h,w) -> (B,h,w)."""
-    check_strength(eps)
+    check(eps)
     B, h, w = indices.shape
     flat = indices.reshape(B, h * w)
     order = torch.rand(B, h * w, generator=generator, device=indices.device).argsort(1)

@@ -39,6 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 import losses
+import qpm
 from data import BadInput, Case, Slices
 from model import OFFICIAL, DINOv2, StandInFM, TorchScriptFM, VQSeg, ema_update, load_dinov2, official_weights
 from vq import Usage, usage
@@ -477,8 +478,9 @@ def skip_draws(generator: torch.Generator, s: Settings, rank: int, student: VQSe
 
     So two processes on a CPU perturb as one does; CUDA draws in another order, and there it only keeps the processes apart.
     """
-    each = {"qpm": 2, "shuffle": 1, "dropout": student.dim, "none": 0}[s.perturb]
-    torch.rand(rank * s.batch * (crop // student.stride) ** 2 * each, generator=generator, device=generator.device)
+    each, kind = {"qpm": (qpm.DRAWS, torch.float64), "shuffle": (1, None), "dropout": (student.dim, None), "none": (0, None)}[s.perturb]
+    tokens = s.batch * (crop // student.stride) ** 2
+    torch.rand(rank * tokens * each, generator=generator, device=generator.device, dtype=kind)
 
 
 def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Generator, torch.Generator]:

@@ -1,7 +1,7 @@
 """How long the expensive parts take, and how much memory, beside a plain version of each. `python tests/bench.py` prints it.
 
 Plain nearest codeword: the whole distance table, then argmin. Plain QPM: a loop over the distinct codes, each with its distances to
-all codewords, as in the authors' release. The training step is the paper's (DINOv2 ViT-S/14 as encoder and as foundation model,
+all codewords. The training step is the paper's (DINOv2 ViT-S/14 as encoder and as foundation model,
 K = 16384, 4 + 4 slices of 224 x 224) with random weights and with tokens that are spread over the codebook, as after training.
 """
 
@@ -28,15 +28,16 @@ def plain_nearest(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def plain_perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 1.0, generator=None) -> Tensor:
+    """As the authors' release does it: only the codes of tokens that move, but each alone and with its gradient recorded."""
+    codebook = codebook.detach().requires_grad_()
     flat, drawn = indices.flatten(), indices.flatten().clone()
-    for code in flat.unique():
-        distance = (codebook - codebook[code]).square().sum(1).sqrt()
+    moves = torch.rand(len(flat), generator=generator, device=flat.device) < eps
+    for code in flat[moves].unique():
+        distance = (codebook - codebook[code]).pow(2).sum(1).sqrt()
         distance[code] = torch.inf
         others = torch.softmax(-distance / temperature, 0)
-        where = (flat == code).nonzero()[:, 0]
-        new = torch.multinomial(others, len(where), replacement=True, generator=generator)
-        moves = torch.rand(len(where), generator=generator, device=flat.device) < eps
-        drawn[where] = torch.where(moves, new, code)
+        where = (flat == code) & moves
+        drawn[where] = torch.multinomial(others, int(where.sum()), replacement=True, generator=generator)
     return drawn.reshape(indices.shape)
 
 

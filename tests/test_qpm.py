@@ -111,11 +111,16 @@ def test_appendix_b_bounds_hold(seed, eps):
         assert bound == pytest.approx(max(d) - min(d), rel=1e-6) and (Q <= min(1, 1 / low / K) + 1e-12).all()
 
 
-def test_eq4_a_million_draws_pass_chi_square():
+@pytest.mark.parametrize("T", [0.05, 0.5, 5.0])
+@pytest.mark.parametrize("proposals", [0, 1, 16])  # 0: as on a GPU, each token by its row; 1: many of them; 16: few, unless T is small
+def test_eq4_a_million_draws_pass_chi_square(T, proposals, monkeypatch):
     K, n, c = 6, 1_000_000, table(6, 2).float()
-    drawn = qpm.perturb(torch.full((n,), 2), c, 0.7, 0.5, torch.Generator().manual_seed(0))
-    expected = n * brute_force_pi(c.double().numpy(), 0.7, 0.5)[2]
-    chi2 = ((torch.bincount(drawn, minlength=K).numpy() - expected) ** 2 / expected).sum()
+    monkeypatch.setattr(qpm, "DRAWS", 2 + 2 * proposals)
+    if proposals == 0:
+        monkeypatch.setattr(qpm, "propose", lambda i, *_: (i, torch.zeros(len(i), dtype=torch.bool)))
+    drawn = qpm.perturb(torch.full((n,), 2), c, 0.7, T, torch.Generator().manual_seed(0))
+    expected = n * brute_force_pi(c.double().numpy(), 0.7, T)[2]
+    chi2 = ((torch.bincount(drawn, minlength=K).numpy() - expected) ** 2 / (expected + 1e-9)).sum()
     assert chi2 < 20.5  # 5 degrees of freedom: exceeded once in 1000
 
 
@@ -129,21 +134,30 @@ def test_perturb_identity_at_eps_0_never_itself_at_eps_1_and_its_share_between()
 
 
 @pytest.mark.parametrize("K", [2, 5, 1000])
-@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])  # the least and the largest number that torch.rand gives in float32
-def test_perturb_at_the_ends_of_the_unit_interval_never_leaves_the_codebook_nor_gives_itself(K, u, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, u))
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24, 1 - 2**-53])  # the least that torch.rand gives, the largest in float32 and in float64
+@pytest.mark.parametrize("T", [1.0, 1e-3])
+def test_perturb_at_the_ends_of_the_unit_interval_never_leaves_the_codebook_nor_gives_itself(K, u, T, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **options: torch.full(shape, u, dtype=dtype))
     i, c = torch.arange(K), table(K, 3).float()
-    drawn = qpm.perturb(i, c, 1.0)  # the largest number is below eps = 1, the least is not below eps = 0
-    assert not (drawn == i).any() and drawn.min() >= 0 and drawn.max() < K and torch.equal(qpm.perturb(i, c, 0.0), i)
+    drawn = qpm.perturb(i, c, 1.0, T)
+    assert not (drawn == i).any() and drawn.min() >= 0 and drawn.max() < K and torch.equal(qpm.perturb(i, c, 0.0, T), i)
 
 
-def test_perturb_needs_no_k_by_k_table_and_leaves_the_global_generator_alone(monkeypatch):
+def test_a_nan_stays_in_the_codebook():
+    """So that the loss says it, and no index out of range."""
+    drawn = qpm.perturb(torch.arange(5), torch.full((5, 3), torch.nan), 1.0, 1.0, torch.Generator().manual_seed(0))
+    assert drawn.min() >= 0 and drawn.max() < 5
+
+
+@pytest.mark.parametrize("T", [1.0, 0.05])
+def test_perturb_needs_no_k_by_k_table_and_leaves_the_global_generator_alone(T, monkeypatch):
     sizes, original = [], qpm.transition_rows
     monkeypatch.setattr(qpm, "transition_rows", lambda *a: sizes.append((out := original(*a)).numel()) or out)
-    state = torch.get_rng_state()
-    drawn = qpm.perturb(torch.arange(1500), table(16384, 4).float(), 0.7, 1.0, torch.Generator().manual_seed(0))
-    moved = (drawn != torch.arange(1500)).sum().item()  # a token that stays costs nothing
-    assert sum(sizes) == moved * 16384 and max(sizes) <= 2**22 and torch.equal(torch.get_rng_state(), state)
+    state, c = torch.get_rng_state(), torch.nn.functional.normalize(table(16384, 4).float())
+    drawn = qpm.perturb(torch.arange(1500), c, 0.7, T, torch.Generator().manual_seed(0))
+    assert max(sizes) <= 2**22 and torch.equal(torch.get_rng_state(), state)
+    moved = (drawn != torch.arange(1500)).sum().item()
+    assert sum(sizes) < (0.05 if T == 1.0 else 1.0) * moved * 16384  # at T = 1 few of those that move need a row
 
 
 def test_perturb_draws_the_tokens_of_a_batch_as_it_draws_them_apart():
@@ -151,6 +165,9 @@ def test_perturb_draws_the_tokens_of_a_batch_as_it_draws_them_apart():
     c, i = table(64, 3).float(), torch.arange(64).repeat(20)
     together, g = qpm.perturb(i, c, 0.7, 0.5, torch.Generator().manual_seed(4)), torch.Generator().manual_seed(4)
     assert torch.equal(together, torch.cat([qpm.perturb(half, c, 0.7, 0.5, g) for half in i.split(640)]))
+    g = torch.Generator().manual_seed(4)
+    torch.rand(640 * qpm.DRAWS, generator=g, dtype=torch.float64)
+    assert torch.equal(together[640:], qpm.perturb(i[640:], c, 0.7, 0.5, g))
 
 
 @pytest.mark.parametrize("eps, T, K", [(1.5, 1, 4), (-0.1, 1, 4), (0.5, 0, 4), (0.5, 1, 1)])
