@@ -146,7 +146,8 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
         moved, rest = flat, torch.arange(len(flat), device=flat.device)
         if flat.device.type == "cpu":  # how many tokens are left is a number that a GPU would have to wait for
             which = moves.nonzero()[:, 0]
-            j, found = propose(flat[which], codebook, temperature, uniform[which, 2:])
+            parts = [propose(flat[part], codebook, temperature, uniform[part, 2:]) for part in which.split(1024)]
+            j, found = (torch.cat(of_parts) for of_parts in zip(*parts))
             moved, rest = flat.scatter(0, which, j), which[~found]
         centered = codebook - codebook.mean(0)
         squares = centered.square().sum(1)

@@ -153,10 +153,12 @@ def test_a_nan_stays_in_the_codebook():
 def test_perturb_needs_no_k_by_k_table_and_leaves_the_global_generator_alone(T, monkeypatch):
     sizes, original = [], qpm.transition_rows
     monkeypatch.setattr(qpm, "transition_rows", lambda *a: sizes.append((out := original(*a)).numel()) or out)
+    proposed, by_rejection = [], qpm.propose
+    monkeypatch.setattr(qpm, "propose", lambda i, *a: proposed.append(len(i)) or by_rejection(i, *a))
     state, c = torch.get_rng_state(), torch.nn.functional.normalize(table(16384, 4).float())
-    drawn = qpm.perturb(torch.arange(1500), c, 0.7, T, torch.Generator().manual_seed(0))
-    assert max(sizes) <= 2**22 and torch.equal(torch.get_rng_state(), state)
-    moved = (drawn != torch.arange(1500)).sum().item()
+    drawn = qpm.perturb(torch.arange(2000), c, 0.7, T, torch.Generator().manual_seed(0))
+    assert max(sizes) <= 2**22 and max(proposed) <= 1024 < sum(proposed) and torch.equal(torch.get_rng_state(), state)
+    moved = (drawn != torch.arange(2000)).sum().item()
     assert sum(sizes) < (0.05 if T == 1.0 else 1.0) * moved * 16384  # at T = 1 few of those that move need a row
 
 
