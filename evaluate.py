@@ -1,8 +1,8 @@
-"""Evaluation: 3-D metrics per volume at native size, one function for training, validation and the final table.
+"""Evaluation: 3-D metrics per volume at native size, predictions for new scans, and a table over runs.
 
-Implements the numbers of Tables 1 and 7 (Dice, Jaccard, 95HD, ASD) by the field's protocol: every frame is one volume, each
-class is scored in 3-D against the native mask, mean over volumes, then over classes. Definitions are medpy's, which
-every paper on this benchmark uses:
+Implements the numbers of Tables 1 and 7 (Dice, Jaccard, 95HD, ASD) by the field's protocol, and the t-test of Appendix D. Every frame
+is one volume, each class is scored in 3-D against the native mask, mean over volumes, then over classes. Definitions are medpy's,
+which every paper on this benchmark uses:
   - surface = mask minus its 6-connected erosion; beyond the volume's edge counts as background.
   - hd95 = 95th percentile of both directed distance sets *pooled* (MONAI: the larger of two percentiles, which is larger).
   - asd = mean distance from the predicted surface to the true one: one direction only.
@@ -15,18 +15,23 @@ THE EMPTY-MASK RULE, here once and nowhere else (peers score an empty prediction
 The peers look at a slice once. A prediction here is the mean over nine turned and scaled views of it, `VIEWS`; training chooses
 its best checkpoint in one view, which is quicker.
 
-Run `python evaluate.py RUN [--split val|test]`; it reads RUN/best.pt and writes RUN/val.csv or RUN/test.csv.
+    python evaluate.py RUN [--split test]                          scores, into RUN/val.csv or RUN/test.csv
+    python evaluate.py RUN [RUN ...] --predict SCAN --out SEG       a new scan, or a folder of them; several runs: their mean
+    python evaluate.py RUN RUN [RUN ...]                            one table over runs, seeds together
 """
 
 import argparse
 import csv
 import json
 import math
+import os
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,6 +47,10 @@ VIEWS = [(angle, zoom) for angle in (-0.3, 0.0, 0.3) for zoom in (0.9, 1.0, 1.1)
 ONE_VIEW = [(0.0, 1.0)]
 METRICS = ["dice", "jaccard", "hd95", "asd"]
 NOT_OURS = (RuntimeError, KeyError, TypeError, ValueError, EOFError, AttributeError, pickle.UnpicklingError)  # from loading a foreign file
+Model = Callable[[Tensor], Tensor]  # (B,1,H,W) -> logits (B,C,H,W)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -57,13 +66,16 @@ def jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 def surface(mask: np.ndarray) -> np.ndarray:
-    """Voxels of the mask with at least one of their 6 face neighbors outside it: (Z,H,W) bool -> (N,3) coordinates."""
+    """Voxels of the mask with at least one of their 6 face neighbors outside it: (Z,H,W) bool, not empty -> (N,3) coordinates."""
+    there = [np.flatnonzero(mask.any(axis)) for axis in ((1, 2), (0, 2), (0, 1))]
+    corner = np.array([places[0] for places in there])
+    mask = mask[tuple(slice(places[0], places[-1] + 1) for places in there)]  # a lesion in a chest CT is small
     padded = np.pad(mask, 1)
     inside = mask.copy()
     for axis in range(3):
         for step in (-1, 1):
             inside &= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
-    return np.argwhere(mask & ~inside)
+    return np.argwhere(mask & ~inside) + corner
 
 
 def directed_distances(a: np.ndarray, b: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
@@ -122,6 +134,10 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+
 def turn(x: Tensor, angle: float, zoom: float) -> Tensor:
     """(B,C,H,W) rotated by angle (radians) and scaled by zoom about its center; turn(., -angle, 1 / zoom) is the way back."""
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
@@ -131,55 +147,129 @@ def turn(x: Tensor, angle: float, zoom: float) -> Tensor:
 
 
 @torch.no_grad()
-def predict(model: Callable[[Tensor], Tensor], volume: np.ndarray, device: torch.device, amp: bool = False,
-            views: list[tuple[float, float]] = VIEWS, view: int = data.VIEW, batch: int = 8) -> np.ndarray:
-    """(Z,H,W) float in [0,1] -> (Z,H,W) uint8 labels at native size. Each slice on its own, its central crop at once.
+def predict(models: list[Model], slabs: Iterable[np.ndarray], device: torch.device, view: int = data.VIEW, amp: bool = False,
+            views: list[tuple[float, float]] = VIEWS, batch: int = 8) -> np.ndarray:
+    """Slabs (n,H,W) float in [0,1] of a volume -> (Z,H,W) uint8 labels at native size. Each slice on its own, its central crop at once.
 
-    The probabilities are a mean over views of the slice, each turned back.
+    The probabilities are a mean over models and over views of the slice, each turned back.
     """
     out = []
-    for part in data.crop_center(data.to_grid(torch.from_numpy(volume)), view)[:, None].split(batch):
-        x, p = part.to(device), 0.0
-        for angle, zoom in views:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = model(turn(x, angle, zoom))
-            p = p + turn(logits.float().softmax(1), -angle, 1 / zoom) / len(views)
-        out.append(data.from_grid(data.uncrop(p), volume.shape[1:]).argmax(1).to(torch.uint8).cpu())
+    for slab in slabs:
+        for part in torch.from_numpy(slab).split(batch):
+            x, p = data.crop_center(data.to_grid(part), view)[:, None].to(device), 0.0
+            for angle, zoom in views:
+                turned = turn(x, angle, zoom)
+                for model in models:
+                    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                        logits = model(turned)
+                    p = p + turn(logits.float().softmax(1), -angle, 1 / zoom) / (len(views) * len(models))
+            out.append(data.from_grid(data.uncrop(p), slab.shape[1:]).argmax(1).to(torch.uint8).cpu())
     return torch.cat(out).numpy()
 
 
-def evaluate(model: Callable[[Tensor], Tensor], cases: list[Case], labels: list[str], device: torch.device, amp: bool = False,
-             distances: bool = True, mm: bool = False, views: list[tuple[float, float]] = VIEWS, view: int = data.VIEW) -> list[Row]:
+def evaluate(models: list[Model], cases: list[Case], labels: list[str], device: torch.device, view: int = data.VIEW, amp: bool = False,
+             distances: bool = True, mm: bool = False, views: list[tuple[float, float]] = VIEWS) -> list[Row]:
     """Score every case. Used by train.py for validation, there in one view, and for the table."""
     rows = []
     for case in cases:
-        volume, spacing = data.read_image(case.image)
-        if mm and not (np.isfinite(spacing).all() and min(spacing) > 0):
-            raise BadInput(f"{case.image}: its voxel spacing is {spacing} mm; correct the header, or leave out --mm")
-        truth = data.read_mask(case, volume.shape, len(labels))
-        prediction = predict(model, volume, device, amp, views, view)
-        rows += score(case.name, prediction, truth, labels, spacing if mm else (1, 1, 1), distances)
+        volume = data.open_volume(case.images)
+        if mm and not (volume.affines and np.isfinite(volume.spacing).all() and min(volume.spacing) > 0):
+            raise BadInput(f"{case.images[0]}: gives no voxel spacing in mm; correct its header, or leave out --mm")
+        truth = data.read_mask(case, len(labels))
+        prediction = predict(models, data.scaled(volume, case.window), device, view, amp, views)
+        rows += score(case.name, prediction, truth, labels, volume.spacing if mm else (1, 1, 1), distances)
     return rows
 
 
+def predict_file(models: list[Model], source: Path, target: Path, saved: dict, device: torch.device) -> None:
+    """Segment a NIfTI volume, or each time point of a 4-D one: same shape, affines, zooms and orientation, integer labels, and a PNG."""
+    picture = target.with_name(data.stem(target) + ".png")
+    for path in (target, picture):
+        if path.exists():
+            raise BadInput(f"{path}: is there already and is not written over; remove it or give another --out")
+    series = data.open_nifti(source, frame=0)
+    file = nib.load(source)
+    if math.prod(file.shape[4:]) > 1:
+        raise BadInput(f"{source}: has shape {file.shape}; 3-D, or 4-D with time as the last axis, is needed")
+    if series.axes != saved["axes"] and saved["axes"]:
+        print(f"WARNING: {source} is stored in {series.axes}, but the training scans in {saved['axes']}: it looks turned", flush=True)
+    frames = [data.open_nifti(source, frame) for frame in range(math.prod(file.shape[3:4]))]
+    window, view = data.read_window(saved["settings"]["data"], saved["settings"]["window"]), saved["settings"]["view"]
+    found = [predict(models, data.scaled(volume, window), device, view) for volume in frames]  # (Z,H,W) each
+    voxels = np.stack([labels.transpose(2, 1, 0) for labels in found], -1).reshape(file.shape)
+    kind, header = file.get_data_dtype(), file.header.copy()
+    fits = kind.kind in "iu" and np.iinfo(kind).max >= voxels.max()
+    header.set_data_dtype(kind if fits else np.uint8)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # of the scan's intensities
+    # The affine is the header's own, so nibabel leaves sform and qform as they are, also where they differ.
+    temporary = target.with_name(f".{target.name}")
+    nib.save(type(file)(voxels.astype(header.get_data_dtype()), file.affine, header), temporary)
+    os.replace(temporary, target)
+    draw_overlay(np.concatenate(list(data.scaled(frames[0], window))), found[0], picture)
+
+
+def predict_all(models: list[Model], source: Path, out: Path, saved: dict, device: torch.device) -> int:
+    """A file, or all NIfTI files of a folder into another: one that is bad gets its line, the others go on. How many were bad."""
+    if not source.is_dir():
+        if not out.name.endswith((".nii", ".nii.gz")):
+            raise BadInput(f"--out {out}: must be the name of a .nii or .nii.gz file, as --predict is")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        predict_file(models, source, out, saved, device)
+        print(f"wrote {out} and its picture")
+        return 0
+    files, bad = data.nifti_files(data.contents(source)), 0
+    if not files:
+        raise BadInput(f"--predict {source}: no .nii or .nii.gz file in it; give the folder that holds the scans")
+    if out.exists() and (not out.is_dir() or out.samefile(source)):
+        raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
+    out.mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(files, start=1):
+        done = "is there already, left alone" if (out / file.name).exists() else "written"
+        try:
+            if done == "written":
+                predict_file(models, file, out / file.name, saved, device)
+            print(f"{number} of {len(files)}: {out / file.name} {done}", flush=True)
+        except BadInput as error:
+            print(f"evaluate.py: {error}", file=sys.stderr, flush=True)
+            bad += 1
+    return bad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def mean(values: Iterable[float]) -> float:
+    """Of those that are not nan; nan if there are none."""
+    some = [value for value in values if not math.isnan(value)]
+    return float(sum(some) / len(some)) if some else float("nan")
+
+
+def class_means(rows: list[Row]) -> dict[str, list[float]]:
+    """For each class the four metrics, each a mean over the volumes that have it."""
+    labels = dict.fromkeys(r.label for r in rows)
+    return {label: [mean(getattr(r, m) for r in rows if r.label == label) for m in METRICS] for label in labels}
+
+
+def means(rows: list[Row]) -> list[float]:
+    """The four metrics, mean over volumes for each class, then over classes."""
+    return [mean(column) for column in zip(*class_means(rows).values())]
+
+
 def mean_dice(rows: list[Row]) -> float:
-    """Mean over volumes for each class, then over classes."""
-    labels = sorted({r.label for r in rows})
-    return float(np.mean([np.nanmean([r.dice for r in rows if r.label == label]) for label in labels]))
+    return means(rows)[0]
 
 
 def table(rows: list[Row]) -> str:
     """Per class and overall: mean +- standard deviation over volumes, and how many volumes lack the class altogether."""
     lines = [f"{'class':8}" + "".join(f"{m:>18}" for m in METRICS) + "   empty predictions"]
-    labels = list(dict.fromkeys(r.label for r in rows))
-    by_class = {label: [r for r in rows if r.label == label] for label in labels}
-    means = []
-    for label, mine in by_class.items():
-        values = np.array([[getattr(r, m) for m in METRICS] for r in mine])  # (volumes,4)
-        means.append(np.nanmean(values, 0))
-        cells = "".join(f"{m:>9.4f} +-{s:>7.4f}" for m, s in zip(means[-1], np.nanstd(values, 0)))
+    for label, middle in class_means(rows).items():
+        mine = [r for r in rows if r.label == label]
+        spread = [mean((getattr(r, m) - middle[k]) ** 2 for r in mine) ** 0.5 for k, m in enumerate(METRICS)]
+        cells = "".join(f"{m:>9.4f} +-{s:>7.4f}" for m, s in zip(middle, spread))
         lines.append(f"{label:8}{cells}   {sum(r.empty for r in mine)} of {len(mine)}")
-    lines.append(f"{'mean':8}" + "".join(f"{m:>9.4f}{'':9}" for m in np.mean(means, 0)) + f"   {sum(r.empty for r in rows)} of {len(rows)}")
+    lines.append(f"{'mean':8}" + "".join(f"{m:>9.4f}{'':9}" for m in means(rows)) + f"   {sum(r.empty for r in rows)} of {len(rows)}")
     return "\n".join(lines)
 
 
@@ -188,6 +278,79 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    try:
+        with open(path, newline="") as file:
+            lines = list(csv.DictReader(file))
+        return [Row(x["case"], x["label"], *(float(x[m]) for m in METRICS), x["empty"] == "True") for x in lines]
+    except (OSError, KeyError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read as a table of scores ({data.first_line(error)}); remove it and evaluate again") from None
+
+
+def t_test(a: list[float], b: list[float]) -> float:
+    """Appendix D: p of a paired two-tailed t-test, in [0,1]; nan for under two pairs or for differences without any spread.
+
+    Student's distribution in closed form for n whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4).
+    """
+    difference = np.subtract(a, b)
+    n = len(difference) - 1
+    if n < 1 or np.ptp(difference) == 0:
+        return float("nan")
+    t = abs(difference.mean()) / (difference.std(ddof=1) / math.sqrt(n + 1))
+    theta = math.atan(t / math.sqrt(n))
+    cos, sin = math.cos(theta), math.sin(theta)
+    if n % 2:
+        term, sums = cos, 0.0
+        for k in range(1, n, 2):  # cos + 2/3 cos^3 + 2/3 4/5 cos^5 + ...
+            sums += term
+            term *= (k + 1) / (k + 2) * cos**2
+        return 1 - 2 / math.pi * (theta + sin * sums)
+    term, sums = 1.0, 0.0
+    for k in range(0, n, 2):  # 1 + 1/2 cos^2 + 1/2 3/4 cos^4 + ...
+        sums += term
+        term *= (k + 1) / (k + 2) * cos**2
+    return 1 - sin * sums
+
+
+def compare(runs: list[Path], split: str, device: torch.device, root: str = "") -> tuple[list[str], list[list[str]]]:
+    """Head and lines of one table over runs. Runs that differ in nothing but their seed are one line: mean +- spread over seeds."""
+    groups: dict[str, dict[int, Path]] = {}
+    for run in runs:
+        saved = load(run, torch.device("cpu"))[1]
+        same = {k: v for k, v in saved["settings"].items() if k not in ("seed", "out", "root", "resume", "device")} | {"model": saved["fm"]}
+        seeds = groups.setdefault(json.dumps(same), {})
+        if saved["settings"]["seed"] in seeds:
+            raise BadInput(f"{run}: has the settings and the seed of {seeds[saved['settings']['seed']]}; leave one of the two out")
+        seeds[saved["settings"]["seed"]] = run
+    settings = [json.loads(key) for key in groups]
+    differ = [name for name in settings[0] if len({json.dumps(s.get(name)) for s in settings}) > 1 or name == "model"]
+    lines, first = [], None
+    for s, seeds in zip(settings, groups.values()):
+        rows = {seed: scores(run, split, device, root) for seed, run in sorted(seeds.items())}
+        of_seeds = np.array([means(some) for some in rows.values()])  # (seeds,4)
+        spread = [f" +- {d:.4f}" for d in of_seeds.std(0, ddof=1)] if len(rows) > 1 else [""] * 4
+        cells = [f"{m:.4f}{d}" for m, d in zip(of_seeds.mean(0), spread)]
+        by_seed = dict(zip(rows, of_seeds[:, 0]))
+        first = first or by_seed
+        common = [seed for seed in by_seed if seed in first]
+        p = t_test([by_seed[seed] for seed in common], [first[seed] for seed in common])
+        empty = f"{sum(r.empty for some in rows.values() for r in some)} of {sum(map(len, rows.values()))}"
+        named = [str(s.get(name)) for name in differ] + [" ".join(map(str, rows))]
+        lines.append(named + cells + [empty, "-" if math.isnan(p) else f"{p:.4f}"])
+    head = [name if name != "model" else "foundation model" for name in differ]
+    return head + ["seeds", "Dice", "Jaccard", "HD95 (voxels)", "ASD (voxels)", "empty predictions", "p against the first"], lines
+
+
+def scores(run: Path, split: str, device: torch.device, root: str = "") -> list[Row]:
+    """RUN/val.csv or RUN/test.csv, made where it is not there yet."""
+    path = run / f"{split}.csv"
+    if not path.exists():
+        model, saved = load(run, device)
+        found = dataset_of(saved, root)
+        write_csv(path, evaluate([model], found.with_masks(split), found.labels, device, saved["settings"]["view"]))
+    return read_csv(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,8 +368,15 @@ def load(run: Path, device: torch.device) -> tuple[VQSeg, dict]:
         raise BadInput(f"{path}: not a checkpoint of this project ({data.first_line(error)}); train again") from None
 
 
-def perturbed(model: VQSeg, eps: float, temperature: float, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The model with QPM on the tokens of what it segments, (B,1,H,W) -> logits: how much it needs its tokens."""
+def dataset_of(saved: dict, root: str = "") -> data.DataSet:
+    """The data set that a run was trained on, with the split that it had."""
+    s = saved["settings"]
+    found = data.open_dataset(s["data"], root or s["root"], s["classes"], s["window"], s["view"], s["split_seed"])
+    return found._replace(split=saved["split"])
+
+
+def perturbed(model: VQSeg, eps: float, temperature: float, device: torch.device) -> Model:
+    """The model with QPM on the tokens of what it segments: how much it needs its tokens."""
     generator = torch.Generator(device).manual_seed(0)
 
     def forward(x: Tensor) -> Tensor:
@@ -219,83 +389,159 @@ def perturbed(model: VQSeg, eps: float, temperature: float, device: torch.device
 
 @torch.no_grad()
 def codeword_counts(model: VQSeg, sets: list[Slices], device: torch.device, view: int = data.VIEW) -> Tensor:
-    """How often each codeword occurs in the central crops of all these slices, without augmentation: (K,) int64."""
+    """How often each codeword occurs in the central crops of these sets' slices, without augmentation: (K,) int64.
+
+    Of a large set 2000 slices stand for all, of one that is too large to be kept those that are drawn from first.
+    """
     K = model.quantizer.codebook_size
     counts = torch.zeros(K, dtype=torch.int64)
     for slices in sets:
-        for numbers in torch.arange(len(slices)).split(16):
+        some = slices.resident()
+        for numbers in some[:: -(-len(some) // 2000)].split(16):
             z = model.encoder(data.crop_center(slices.batch(numbers, device)[0], view)).z
             counts += torch.bincount(model.quantizer(z).indices.flatten().cpu(), minlength=K)
     return counts
 
 
-def draw(model: Callable[[Tensor], Tensor], cases: list[Case], rows: list[Row], device: torch.device, path: Path,
-         view: int = data.VIEW) -> None:
-    """Best, median and worst case by mean Dice of the classes: image, expert's mask, prediction in three slices of each."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def draw(models: dict[str, Model], cases: list[Case], rows: list[Row], labels: list[str], device: torch.device, view: int, path: Path,
+         logs: list[Path] = []) -> None:
+    """Best, median and worst case by mean Dice: image, expert's mask and each model's prediction in three slices; the runs' curves."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
 
     dice_of = {case: np.nanmean([r.dice for r in rows if r.case == case.name]) for case in cases}
     ranked = sorted(cases, key=dice_of.get, reverse=True)
-    figure, axes = plt.subplots(3, 9, figsize=(13.5, 5), layout="constrained")
+    lines = 2 + len(models)
+    figure = plt.figure(figsize=(13.5, 1.67 * lines + 3 * bool(logs)), layout="constrained")
+    top, *below = np.atleast_1d(figure.subfigures(1 + bool(logs), 1, height_ratios=[1.67 * lines, 3][: 1 + bool(logs)]))
+    axes = top.subplots(lines, 9)
     for group, (name, case) in enumerate((("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1]))):
-        volume, _ = data.read_image(case.image)
-        truth, prediction = data.read_mask(case, volume.shape, len(data.CLASSES)), predict(model, volume, device, view=view)
-        depth, H, W = volume.shape
-        middle = np.s_[H // 6 : H - H // 6, W // 6 : W - W // 6]  # two thirds of the slice: hearts are small
+        image, truth = data.read_image(case)[0], data.read_mask(case, len(labels))
+        masks = {"image": None, "expert": truth} | {label: predict([model], [image], device, view) for label, model in models.items()}
+        depth, H, W = image.shape
+        middle = np.s_[H // 6 : H - H // 6, W // 6 : W - W // 6] if view < data.GRID else np.s_[:, :]  # hearts are small
         axes[0, 3 * group + 1].set_title(f"{name}: {case.name}, Dice {dice_of[case]:.3f}", fontsize=9)
         for column, k in enumerate((depth // 5, depth // 2, depth - 1 - depth // 5), start=3 * group):
-            for row, (label, mask) in enumerate((("image", None), ("expert", truth), ("prediction", prediction))):
-                axis = axes[row, column]
-                axis.imshow(volume[k][middle], cmap="gray")
-                if mask is not None:
-                    shown = np.ma.masked_equal(mask[k][middle], 0)
-                    axis.imshow(shown, cmap=ListedColormap(data.COLORS), vmin=0, vmax=3, alpha=0.6, interpolation="nearest")
-                axis.set(xticks=[], yticks=[], ylabel=label if column == 0 else "")
-                if row == 2:
-                    axis.set_xlabel(f"slice {k + 1} of {depth}", fontsize=8)
+            for axis, (label, mask) in zip(axes[:, column], masks.items()):
+                data.show(axis, image[k][middle], None if mask is None else mask[k][middle])
+                axis.set_ylabel(label if column == 0 else "", fontsize=8)
+            axis.set_xlabel(f"slice {k + 1} of {depth}", fontsize=8)
+    if logs:
+        curves = below[0].subplots(1, 2)
+        for log in logs:
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            for axis, key, title in zip(curves, ("loss", "val_dice"), ("loss", "validation Dice of the teacher, one view")):
+                some = [line for line in lines if key in line]
+                axis.plot([line["step"] for line in some], [line[key] for line in some], label=log.parent.name)
+                axis.set(title=title, xlabel="step")
+        curves[1].legend(fontsize=8)
     figure.savefig(path, dpi=60)
     plt.close(figure)
 
 
+def draw_overlay(image: np.ndarray, labels: np.ndarray, path: Path) -> None:
+    """Six slices of a volume (Z,H,W) with their labels in color."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 6, figsize=(12, 4.4), layout="constrained")
+    for column, k in enumerate(np.linspace(0, len(image) - 1, 6).round().astype(int)):
+        data.show(axes[0, column], image[k])
+        data.show(axes[1, column], image[k], labels[k])
+        axes[0, column].set_title(f"slice {k + 1} of {len(image)}", fontsize=8)
+    figure.savefig(path, dpi=75)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score a run's best teacher on a split.")
-    parser.add_argument("run", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of train.py; several: one table, or a mean prediction")
     parser.add_argument("--split", default="val", choices=["val", "test"])
     parser.add_argument("--root", default="", help="where the data is now, if not where training found it")
-    parser.add_argument("--figure", type=Path, help="also draw the best, the median and the worst case into this PNG")
+    parser.add_argument("--predict", type=Path, metavar="SCAN", help="segment this NIfTI file, or all in this folder, into --out")
+    parser.add_argument("--out", type=Path, help="file or folder for --predict")
+    parser.add_argument("--csv", type=Path, help="where the table over several runs goes; default: comparison.csv beside the first")
+    parser.add_argument("--figure", type=Path, help="also draw best, median and worst case into this PNG, and of several runs their curves")
     parser.add_argument("--eps", type=float, default=0.0, help="QPM of this strength on the tokens; then no CSV is written")
     parser.add_argument("--mm", action="store_true", help="distances in mm, by the files' spacing, instead of voxels")
     args = parser.parse_args()
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, saved = load(args.run, device)
-        root, split = data.open_dataset(saved["settings"]["data"], args.root or saved["settings"]["root"])
-        cases = data.find_cases(root, split[args.split], need_masks=True)
-        if not 0 <= args.eps <= 1 or (args.eps and saved["settings"]["supervised"]):
-            raise BadInput(f"--eps {args.eps}: must lie in 0 to 1, and be 0 for a run with --supervised, which has no codewords")
-        network = perturbed(model, args.eps, saved["settings"]["temperature"], device) if args.eps else model
-        rows = evaluate(network, cases, data.CLASSES, device, mm=args.mm, view=saved["view"])
+        if args.predict or args.out:
+            sys.exit(2 if main_predict(args, device) else 0)
+        main_compare(args, device) if len(args.runs) > 1 else main_score(args, device)
     except BadInput as error:
         parser.exit(2, f"evaluate.py: {error}\n")
+
+
+def main_predict(args: argparse.Namespace, device: torch.device) -> int:
+    if not (args.predict and args.out):
+        raise BadInput("--predict and --out: give both, the scan and where its segmentation goes")
+    models, saved = zip(*(load(run, device) for run in args.runs))
+    for run, other in zip(args.runs, saved):
+        for name in ("classes", "view", "window"):
+            if other["settings"][name] != saved[0]["settings"][name]:
+                raise BadInput(f"{run}: its --{name} is not that of {args.runs[0]}; only runs of one kind have a mean")
+    return predict_all(list(models), args.predict, args.out, saved[0], device)
+
+
+def main_compare(args: argparse.Namespace, device: torch.device) -> None:
+    if args.eps or args.mm:
+        raise BadInput("--eps and --mm: are for one run; give one, or leave them out")
+    head, lines = compare(args.runs, args.split, device, args.root)
+    print("\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]))
+    path = args.csv or args.runs[0].parent / "comparison.csv"
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([head, *lines])
+    print(f"wrote {path}")
+    if args.figure:
+        loaded = {run.name: load(run, device) for run in args.runs}
+        _, saved = next(iter(loaded.values()))
+        found = dataset_of(saved, args.root)
+        rows = scores(args.runs[0], args.split, device, args.root)
+        draw({name: model for name, (model, _) in loaded.items()}, found.with_masks(args.split), rows, found.labels, device,
+             saved["settings"]["view"], args.figure, [run / "log.jsonl" for run in args.runs])
+        print(f"wrote {args.figure}")
+
+
+def main_score(args: argparse.Namespace, device: torch.device) -> None:
+    run = args.runs[0]
+    model, saved = load(run, device)
+    s = saved["settings"]
+    found = dataset_of(saved, args.root)
+    cases = found.with_masks(args.split)
+    if not 0 <= args.eps <= 1 or (args.eps and s["supervised"]):
+        raise BadInput(f"--eps {args.eps}: must lie in 0 to 1, and be 0 for a run with --supervised, which has no codewords")
+    network = perturbed(model, args.eps, s["temperature"], device) if args.eps else model
+    rows = evaluate([network], cases, found.labels, device, s["view"], mm=args.mm)
     for row in rows:
         distance = f"hd95 {row.hd95:6.2f}  asd {row.asd:5.2f}"
         print(f"{row.case}  {row.label:4} dice {row.dice:.4f}  jaccard {row.jaccard:.4f}  {distance}{'  EMPTY' if row.empty else ''}")
-    print(f"\n{args.run}: {args.split} split, teacher of step {saved['step']}, chosen on validation (one view: {saved['val_dice']:.4f});")
-    print(f"mean +- standard deviation over volumes; distances in {'mm' if args.mm else 'voxels'}")
+    print(f"\n{run}: {args.split} split, teacher of step {saved['step']}, chosen on validation (one view: {saved['val_dice']:.4f});")
+    print(f"foundation model: {saved['fm']}; mean +- standard deviation over volumes; distances in {'mm' if args.mm else 'voxels'}")
     print(table(rows))
     if args.figure:
-        draw(network, cases, rows, device, args.figure, saved["view"])
+        draw({"prediction": network}, cases, rows, found.labels, device, s["view"], args.figure)
         print(f"wrote {args.figure}")
     if args.eps:
         return
-    write_csv(args.run / f"{args.split}.csv", rows)
+    if not args.mm:  # the table over runs reads it, and has distances in voxels
+        write_csv(run / f"{args.split}.csv", rows)
     record = {"split": args.split, "dice": mean_dice(rows), "checkpoint_step": saved["step"], "checkpoint_chosen_on": "val"}
-    record |= {"val_dice_in_one_view": saved["val_dice"], "mm": args.mm}
-    (args.run / f"{args.split}.json").write_text(json.dumps(record, indent=2) + "\n")
+    record |= {"val_dice_in_one_view": saved["val_dice"], "mm": args.mm, "fm": saved["fm"]}
+    (run / f"{args.split}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

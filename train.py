@@ -55,9 +55,14 @@ class Settings:
     """Every field is a command-line flag; defaults stand here and nowhere else."""
 
     # what to train on
-    data: str = option("phantom", "phantom: made in code, kept in a cache folder; acdc: the real one, from --root", ["phantom", "acdc"])
-    root: str = option("", "folder that holds ACDC's patientNNN folders, or its training/ folder")
-    labeled: int = option(-1, "labelled patients, the first of the training list; -1 = 3 for phantom, 7 for acdc")
+    data: str = option("phantom", "phantom: made in code; acdc; lc: chest CT, one lesion class; or a folder of your own")
+    root: str = option("", "folder of acdc or lc; empty = ./acdc or ./lc")
+    labeled: float = option(-1.0, "labelled patients, the first of the training list, or below 1 their share of those that have masks; "
+                            "-1 = 3 for phantom, 7 for acdc, 0.1 for lc, else all that have masks")  # fmt: skip
+    classes: int = option(0, "classes of the masks, with the background; needed for a folder of your own", low=0, high=256)
+    window: str = option("", "intensities that become 0 and 1, like --window=-1000,400, the default of lc; empty = each volume's extremes")
+    view: int = option(0, "pixels of 240, around the center, that evaluation sees; 0 = 160 for phantom and acdc, else all", low=0, high=240)
+    split_seed: int = option(0, "shuffles the patients of lc and of your own folder into 70/10/20; ROOT/split.txt goes before it", low=0)
     # how long, where
     minutes: float = option(0.0, "wall-clock budget; 0 = 3 for phantom, 30 for acdc", low=0, high=10**6)
     steps: int = option(0, "budget in steps instead: repeatable to the bit, which a clock is not", low=0, high=10**9)
@@ -109,6 +114,10 @@ PAPER = {"encoder": "dinov2", "codebook_size": 16384, "eps": 0.7, "temperature":
 # The method: one training step's loss
 
 
+def learns_from_unlabelled(s: Settings, progress: float) -> bool:
+    return s.lambda_u > 0 and progress >= s.warmup and not s.supervised
+
+
 def supervised_loss(s: Settings, student: VQSeg, x_l: Tensor, y_l: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The baseline: L_seg of Eq. 8 and nothing else."""
     seg = losses.segmentation_loss(student(x_l), y_l, None, s.lambda_dice, total)
@@ -122,7 +131,7 @@ def vqseg_loss(s: Settings, student: VQSeg, teacher: VQSeg, fm: nn.Module | None
     During the warm-up, and with --lambda-u 0, nothing looks at the unlabelled batch; such a step takes half the time.
     """
     B, zero = len(x_l), torch.zeros((), device=x_l.device)
-    lambda_u = s.lambda_u if progress >= s.warmup else 0.0
+    lambda_u = s.lambda_u if learns_from_unlabelled(s, progress) else 0.0
     if not lambda_u:
         x_u, x_a = x_u[:0], x_a[:0]
     # 1. The teacher looks at the weak view: pseudo-labels, without gradient.
@@ -193,18 +202,20 @@ def train(s: Settings, stop: list[str]) -> None:
     rank, world, device = join_processes(s)
     amp = has_bfloat16(device)
     # Everything the run needs is found, read and checked before anything is written.
-    root, split = data.open_dataset(s.data, s.root)
-    labelled_cases, unlabelled_cases = data.training_cases(root, split, s.labeled)
-    val_cases = data.find_cases(root, split["val"], need_masks=True)
-    labelled, unlabelled = Slices(labelled_cases), Slices(unlabelled_cases)
-    steps = s.steps or math.ceil(s.epochs * len(unlabelled) / (s.batch * world))  # 0: the clock decides
     say = print if rank == 0 else lambda *_, **__: None
-    say(f"{s.data}: {s.labeled} labelled patients ({len(labelled)} slices), {len(unlabelled_cases)} unlabelled frames "
+    found = data.open_dataset(s.data, s.root, s.classes, s.window, s.view, s.split_seed)
+    s.labeled, labelled_cases, unlabelled_cases = found.training(s.labeled)
+    s.classes, labels, val_cases = len(found.labels), found.labels, found.with_masks("val")
+    say(found.summary())
+    say(data.mixed_orientations(labelled_cases + unlabelled_cases + val_cases), end="")
+    labelled, unlabelled = Slices(labelled_cases, s.classes, say), Slices(unlabelled_cases, s.classes, say)
+    steps = s.steps or math.ceil(s.epochs * len(unlabelled) / (s.batch * world))  # 0: the clock decides
+    say(f"{s.labeled} labelled patients ({len(labelled)} slices), {len(unlabelled_cases)} unlabelled volumes "
         f"({len(unlabelled)} slices), {len(val_cases)} validation volumes; {device}, {'bfloat16' if amp else 'float32'}")
-    for name in labelled.absent_classes(data.CLASSES):
+    for name in labelled.absent_classes(labels):
         say(f"WARNING: no labelled slice shows the class {name}: it cannot be learned", flush=True)
     student, teacher, fm, optimizer, about = build(s, device, say)
-    crop, view = (pixels // student.stride * student.stride for pixels in (data.CROP, data.VIEW))  # whole patches of the network
+    crop, s.view = (pixels // student.stride * student.stride for pixels in (data.CROP, found.view))  # whole patches of the network
     run = Path(s.resume) if s.resume else Path()
     if rank == 0 and not s.resume:
         run = make_run_folder(s, world, about["fm"], {"labelled": labelled_cases, "unlabelled": unlabelled_cases, "val": val_cases})
@@ -214,11 +225,12 @@ def train(s: Settings, stop: list[str]) -> None:
     if world > 1:
         unused = s.supervised or not (s.lambda_rec and s.lambda_a)  # whether some parameters get no gradient
         step = DistributedDataParallel(step, find_unused_parameters=unused)
-    sample = data.to_grid(torch.from_numpy(data.read_image(val_cases[0].image)[0]))  # for the figure of model.py
-    sample = data.crop_center(sample, view)[len(sample) // 2][None].clone()
-    fixed = {"settings": asdict(s), "view": view, "sample": sample, **about}
+    sample = data.crop_center(data.middle_slice(val_cases[0]), s.view)  # for the figure of model.py
+    # What evaluation needs beside the weights: the split too, for a seed would shuffle a folder that has grown anew.
+    axes = data.open_volume(labelled_cases[0].images).axes
+    fixed = {"settings": asdict(s), "split": found.split, "axes": axes, "sample": sample, **about}
     if rank == 0 and at.step == 0 and not s.supervised:
-        snapshot(run, 0, teacher, [labelled, unlabelled], device, view)
+        snapshot(run, 0, teacher, [labelled, unlabelled], device, s.view)
     say(f"{run}: training for {f'{steps} steps' if steps else f'{s.minutes:g} minutes'}, from step {at.step} on", flush=True)
 
     every = 50 if steps == 0 or steps >= 500 else max(1, steps // 10)
@@ -231,11 +243,13 @@ def train(s: Settings, stop: list[str]) -> None:
             group["lr"] = s.lr * min(1.0, (at.step + 1) / 100) * (1 - at.progress) ** 0.9
         # 2. Labelled slices with their masks, unlabelled slices in a weak and a strong view of the same geometry.
         l_numbers, u_numbers = pick_slices(s, at.step, world, labelled, unlabelled)
-        x_l, y_l = data.weak_view(*labelled.batch(l_numbers, device), generator, crop)
+        x_l, y_l = data.weak_view(*labelled.batch(l_numbers, device), generator, crop, s.view)
         x_l = data.strong_view(x_l, generator)
-        x_u, _ = data.weak_view(*unlabelled.batch(u_numbers, device), generator, crop)
-        x_a = data.strong_view(x_u, generator)
-        skip_draws(generator, s, rank, student, crop)
+        x_u = x_a = x_l[:0]
+        if learns_from_unlabelled(s, at.progress):
+            x_u, _ = data.weak_view(*unlabelled.batch(u_numbers, device), generator, crop, s.view)
+            x_a = data.strong_view(x_u, generator)
+            skip_draws(generator, s, rank, student, crop)
         x_l, y_l, x_u, x_a = (t[mine] for t in (x_l, y_l, x_u, x_a))
         # 3. The loss of the paper, or of the baseline.
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -267,7 +281,7 @@ def train(s: Settings, stop: list[str]) -> None:
         if validate:
             first, at.checks = at.checks == 0, int(10 * at.progress)
         if validate and rank == 0:
-            rows = evaluate.evaluate(teacher, val_cases, data.CLASSES, device, amp, distances=False, views=evaluate.ONE_VIEW, view=view)
+            rows = evaluate.evaluate([teacher], val_cases, labels, device, s.view, amp, distances=False, views=evaluate.ONE_VIEW)
             score = evaluate.mean_dice(rows)
             record.write({"step": at.step, "progress": round(at.progress, 4), "val_dice": round(score, 5)})
             better = ", the best so far" if score > at.best else ""
@@ -276,7 +290,7 @@ def train(s: Settings, stop: list[str]) -> None:
                 at.best = score
                 save(run / "best.pt", fixed | {"step": at.step, "val_dice": score, "teacher": teacher.state_dict()})
             if first and not s.supervised:
-                snapshot(run, at.step, teacher, [labelled, unlabelled], device, view)
+                snapshot(run, at.step, teacher, [labelled, unlabelled], device, s.view)
         if validate or stopping or at.seconds > at.saved + 60:
             at.saved = at.seconds
             if rank == 0:
@@ -285,27 +299,28 @@ def train(s: Settings, stop: list[str]) -> None:
         if stopping:
             raise KeyboardInterrupt
     if rank == 0:
-        finish(s, run, labelled, unlabelled, val_cases, device, at)
+        finish(s, run, labels, labelled, unlabelled, val_cases, device, at)
     if world > 1:
         dist.barrier()  # while the first one finishes; leaving at once can deadlock in gloo's destructor
         dist.destroy_process_group()
 
 
-def finish(s: Settings, run: Path, labelled: Slices, unlabelled: Slices, val_cases: list[Case], device: torch.device, at: Place) -> None:
+def finish(s: Settings, run: Path, labels: list[str], labelled: Slices, unlabelled: Slices, val_cases: list[Case], device: torch.device,
+           at: Place) -> None:
     """The table and the picture of the best teacher, and how much of the codebook the training slices use: all in float32."""
     model, saved = evaluate.load(run, device)
-    rows = evaluate.evaluate(model, val_cases, data.CLASSES, device, view=saved["view"])
+    rows = evaluate.evaluate([model], val_cases, labels, device, s.view)
     evaluate.write_csv(run / "val.csv", rows)
     result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": at.step}
     result |= {"minutes": round(at.seconds / 60, 2), "fm": saved["fm"]}
     print(f"\n{run}: teacher of step {saved['step']} of {at.step}, best on validation; {at.seconds / 60:.1f} minutes; "
           f"foundation model: {result['fm']}")
     if not s.supervised:
-        used = snapshot(run, saved["step"], model, [labelled, unlabelled], device, saved["view"])
+        used = snapshot(run, saved["step"], model, [labelled, unlabelled], device, s.view)
         result |= {"utilization": used.utilization, "perplexity": used.perplexity}
         print(f"codebook over all training slices: {used.utilization:.1%} of {s.codebook_size} in use, perplexity {used.perplexity:.0f}")
     print(evaluate.table(rows))
-    evaluate.draw(model, val_cases, rows, device, run / "predictions.png", saved["view"])
+    evaluate.draw({"prediction": model}, val_cases, rows, labels, device, s.view, run / "predictions.png")
     (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {run}/val.csv, predictions.png, result.json, log.jsonl, best.pt, last.pt")
 
@@ -470,7 +485,7 @@ def total(x: Tensor) -> Tensor:
 def pick_slices(s: Settings, step: int, world: int, labelled: Slices, unlabelled: Slices) -> tuple[Tensor, Tensor]:
     """The numbers of the labelled and of the unlabelled slices of this step's joint batch."""
     _, pick = generators(torch.device("cpu"), s.seed, step)
-    return tuple(torch.randint(len(some), (world * s.batch,), generator=pick) for some in (labelled, unlabelled))
+    return tuple(some.draw(world * s.batch, pick, s.seed, step) for some in (labelled, unlabelled))
 
 
 def skip_draws(generator: torch.Generator, s: Settings, rank: int, student: VQSeg, crop: int) -> None:
@@ -496,7 +511,7 @@ def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Genera
 def build(s: Settings, device: torch.device, say=print) -> tuple[VQSeg, VQSeg, nn.Module | None, torch.optim.Optimizer, dict]:
     """Student, teacher (a copy that no gradient reaches), foundation model, optimizer, and what a checkpoint must know of them."""
     fm, fm_name = (None, "none") if s.supervised else foundation_model(s, say)
-    network = {"classes": len(data.CLASSES), "codebook_size": s.codebook_size, "dim": s.dim, "width": s.width, "quantize": not s.supervised,
+    network = {"classes": s.classes, "codebook_size": s.codebook_size, "dim": s.dim, "width": s.width, "quantize": not s.supervised,
                "encoder": s.encoder, "fm_channels": fm.channels if fm else 0, "usage_weight": s.lambda_usage}
     pretrained = pretrained_dinov2(s, download=False) if s.encoder == "dinov2" else None
     torch.manual_seed(s.seed)
@@ -557,7 +572,7 @@ def pretrained_dinov2(s: Settings, download: bool) -> DINOv2 | None:
 def make_run_folder(s: Settings, processes: int, fm: str, cases: dict[str, list[Case]]) -> Path:
     """A new folder with the record of what is about to run. A folder that holds a run already is never written over."""
     name = "supervised" if s.supervised else f"vqseg-{s.perturb}"
-    run = Path(s.out or f"runs/{s.data}-{s.labeled}-{name}-seed{s.seed}")
+    run = Path(s.out or f"runs/{Path(s.data).resolve().name}-{s.labeled}-{name}-seed{s.seed}")
     if s.out and (run / "record.json").exists():
         raise BadInput(f"--out {run}: holds a run already; --resume {run} goes on with it, or give another folder")
     number = 2
@@ -598,8 +613,6 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     if given.get("paper"):
         given = {name: value for name, value in PAPER.items() if not (budgets and name == "epochs")} | given
     s = Settings(**given)
-    if s.labeled == -1:
-        s.labeled = 3 if s.data == "phantom" else 7
     if not s.minutes and not s.steps and not s.epochs:
         s.minutes = 3.0 if s.data == "phantom" else 30.0
     for f in fields(Settings):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data
-from data import BadInput, Slices
+from data import BadInput, Case, Slices
 
 ACDC = Path(os.environ.get("ACDC_ROOT", Path(__file__).parents[2] / "shared" / "acdc"))
 CPU = torch.device("cpu")
@@ -20,6 +20,14 @@ def write(path: Path, array: np.ndarray, zooms=(1.5, 1.4, 8.0)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.diag([*zooms, 1.0])), path)
     return path
+
+
+def opened(root: Path) -> data.DataSet:
+    return data.open_dataset("phantom", str(root))
+
+
+def alone(image: Path, mask: Path | None = None) -> Case:
+    return Case("a", "a", (image,), (mask,) if mask else None)
 
 
 # --- the split
@@ -40,15 +48,15 @@ def test_labelled_patients_are_the_prefix_that_the_field_uses():
 @pytest.mark.skipif(not ACDC.is_dir(), reason=f"no real ACDC at {ACDC}")
 @pytest.mark.parametrize("labeled, slices", [(3, 68), (7, 136)])
 def test_real_acdc_has_the_slice_counts_of_the_field(labeled, slices):
-    labelled, unlabelled = data.training_cases(ACDC, data.ACDC_SPLIT, labeled)
-    count = [sum(nib.load(c.image).shape[2] for c in cases) for cases in (labelled, unlabelled)]
+    _, labelled, unlabelled = data.open_dataset("acdc", str(ACDC)).training(labeled)
+    count = [sum(nib.load(c.images[0]).shape[2] for c in cases) for cases in (labelled, unlabelled)]
     assert count == [slices, 1312 - slices] and len(unlabelled) == 2 * (70 - labeled)
 
 
 def test_all_patients_labelled_leaves_their_images_as_the_unlabelled_ones(phantom_copy):
-    labelled, unlabelled = data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 5)
+    _, labelled, unlabelled = opened(phantom_copy).training(5)
     assert [c.name for c in labelled] == [c.name for c in unlabelled]
-    assert all(c.mask for c in labelled) and not any(c.mask for c in unlabelled)
+    assert all(c.masks for c in labelled) and not any(c.masks for c in unlabelled)
 
 
 # --- finding and reading
@@ -61,20 +69,20 @@ def test_frames_are_found_in_the_original_nested_layout_with_its_other_files(tmp
         write(folder / f"patient090_frame{frame}_gt.nii.gz", np.ones((6, 5, 2), np.uint8))
     write(folder / "patient090_4d.nii.gz", np.ones((6, 5, 2, 3), np.int16))
     (folder / "Info.cfg").write_text("ED: 4\nES: 11\n")
-    cases = data.find_cases(tmp_path, ["090"], need_masks=True)
+    cases = data.open_dataset("acdc", str(tmp_path)).cases["patient090"]
     assert [c.name for c in cases] == ["patient090_frame04", "patient090_frame11"]
-    assert [c.mask.name for c in cases] == ["patient090_frame04_gt.nii.gz", "patient090_frame11_gt.nii.gz"]
+    assert [c.masks[0].name for c in cases] == ["patient090_frame04_gt.nii.gz", "patient090_frame11_gt.nii.gz"]
 
 
 def test_volume_is_turned_to_z_y_x_and_scaled_to_0_1_over_the_whole_volume(tmp_path):
     array = np.arange(3 * 4 * 2, dtype=np.int16).reshape(3, 4, 2) - 5  # x, y, z
-    image, spacing = data.read_image(write(tmp_path / "a.nii.gz", array))
+    image, spacing = data.read_image(alone(write(tmp_path / "a.nii.gz", array)))
     assert image.shape == (2, 4, 3) and spacing == pytest.approx((8.0, 1.4, 1.5))
     assert image[1, 2, 0] == pytest.approx((array[0, 2, 1] + 5) / 23) and image.min() == 0 and image.max() == 1
 
 
 def test_constant_volume_becomes_zero_and_not_nan(tmp_path):
-    image, _ = data.read_image(write(tmp_path / "a.nii.gz", np.full((4, 4, 2), 7, np.int16)))
+    image, _ = data.read_image(alone(write(tmp_path / "a.nii.gz", np.full((4, 4, 2), 7, np.int16))))
     assert (image == 0).all()
 
 
@@ -82,7 +90,7 @@ def test_unlabelled_cases_need_no_mask_and_never_read_one(phantom_copy):
     for patient in ("003", "004", "005"):
         for mask in (phantom_copy / "training" / f"patient{patient}").glob("*_gt.nii.gz"):
             mask.write_bytes(b"not a mask at all")
-    _, unlabelled = data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 2)
+    _, _, unlabelled = opened(phantom_copy).training(2)
     images, masks = Slices(unlabelled).batch(torch.arange(5), CPU)
     assert len(unlabelled) == 6 and not masks.any()
 
@@ -118,7 +126,8 @@ def damage(root: Path, how: str, monkeypatch) -> Path:
         (root / "patient001").mkdir()
         return root / "patient001"
     if how == "folder unreadable":
-        monkeypatch.setattr(Path, "iterdir", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        original, denied = Path.iterdir, PermissionError(13, "Permission denied")
+        monkeypatch.setattr(Path, "iterdir", lambda self: original(self) if self != folder else (_ for _ in ()).throw(denied))
         return folder
     if how == ".nii and .nii.gz":
         (folder / "patient001_frame01.nii").write_bytes(gzip.decompress(image.read_bytes()))
@@ -156,8 +165,8 @@ def test_mask_whose_sform_is_not_its_images_is_taken_when_the_qforms_agree_as_in
     file = nib.load(image)
     file.set_sform(np.eye(4), code=1)  # unit scales, beside a qform with the true ones
     nib.save(file, image)
-    case = data.Case("a", image, mask)
-    assert data.read_image(image)[1] == pytest.approx((8.0, 1.4, 1.5)) and data.read_mask(case, (2, 5, 6), 4).all()
+    case = alone(image, mask)
+    assert data.read_image(case)[1] == pytest.approx((8.0, 1.4, 1.5)) and data.read_mask(case, 4).all()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +186,7 @@ def test_mask_whose_sform_is_not_its_images_is_taken_when_the_qforms_agree_as_in
 def test_bad_file_is_refused_in_one_line_that_names_it(phantom_copy, monkeypatch, how, says):
     guilty = damage(phantom_copy, how, monkeypatch)
     with pytest.raises(BadInput) as error:
-        Slices(data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 2)[0])
+        Slices(opened(phantom_copy).training(2)[1])
     message = str(error.value)
     assert str(guilty) in message and says in message and "\n" not in message
 
@@ -225,12 +234,12 @@ def odd(folder: Path, how: str) -> np.ndarray:
 def test_odd_but_right_file_is_read_rightly(tmp_path, how):
     root = tmp_path / how.replace("/", "")
     values = odd(root / "patient001", how)
-    (case,) = data.find_cases(root, ["001"], need_masks=True)
+    (case,) = data.open_dataset("acdc", str(root)).cases["patient001"]
     low, high = values.min(), values.max()
     expected = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    image, _ = data.read_image(case.image)
+    image, _ = data.read_image(case)
     assert np.allclose(image, expected.transpose(2, 1, 0), atol=1e-3 if how == "slope and intercept" else 1e-6)
-    assert np.array_equal(data.read_mask(case, image.shape, 4), (values > np.median(values)).transpose(2, 1, 0))
+    assert np.array_equal(data.read_mask(case, 4), (values > np.median(values)).transpose(2, 1, 0))
     images, masks = Slices([case]).batch(torch.tensor([0]), CPU)
     assert images.shape == (1, 1, data.GRID, data.GRID) and torch.isfinite(images).all() and masks.dtype == torch.uint8
 
@@ -248,7 +257,7 @@ def test_damaged_bytes_are_read_or_refused_and_nothing_else(tmp_path):
             spoiled = spoiled[: rng.integers(0, len(good))]
         path.write_bytes(spoiled)
         try:
-            image, _ = data.read_image(path)
+            image, _ = data.read_image(alone(path))
             assert image.ndim == 3 and image.dtype == np.float32 and np.isfinite(image).all()
             assert 0 <= image.min() and image.max() <= 1
             read += 1
@@ -260,15 +269,16 @@ def test_damaged_bytes_are_read_or_refused_and_nothing_else(tmp_path):
 
 def test_missing_root_and_missing_patients_are_named(tmp_path, phantom_copy):
     with pytest.raises(BadInput, match="no such folder"):
-        data.find_cases(tmp_path / "nowhere", ["001"], True)
-    with pytest.raises(BadInput, match="patients 008 009 of this split are missing"):
-        data.find_cases(phantom_copy, ["007", "008", "009"], True)
+        data.open_dataset("acdc", str(tmp_path / "nowhere"))
+    found = opened(phantom_copy)._replace(split={"test": ["patient007", "patient008", "patient009"]})
+    with pytest.raises(BadInput, match="patients patient008 patient009 of the test split are missing"):
+        found.with_masks("test")
 
 
-@pytest.mark.parametrize("labeled", [0, -3, 6, 71])
+@pytest.mark.parametrize("labeled", [0, -3, 6, 71, 1.5])
 def test_labeled_outside_of_the_training_list_is_refused(phantom_copy, labeled):
     with pytest.raises(BadInput, match=f"--labeled {labeled}: must lie in 1 to 5"):
-        data.training_cases(phantom_copy, data.PHANTOM_SPLIT, labeled)
+        opened(phantom_copy).training(labeled)
 
 
 # --- the grid
@@ -297,7 +307,7 @@ def test_outside_of_the_crop_is_background():
 
 
 def test_cache_bounds_memory_and_changes_no_value(phantom_copy):
-    cases = data.find_cases(phantom_copy, data.PHANTOM_SPLIT["train"], True)
+    cases = opened(phantom_copy).with_masks("train")
     roomy, tight = Slices(cases), Slices(cases, cache_bytes=3 * 2**20)
     numbers = torch.tensor([0, len(roomy) - 1, 20, 3, 40])
     assert all(torch.equal(a, b) for a, b in zip(roomy.batch(numbers, CPU), tight.batch(numbers, CPU)))
@@ -347,12 +357,12 @@ def test_views_are_a_function_of_the_generator_alone():
 def test_phantom_is_the_same_each_time_and_has_two_frames_of_every_class(small_phantom, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "PHANTOM_SPLIT", {"train": ["003"], "val": [], "test": []})
     data.make_phantoms(tmp_path / "again")
-    first, second = (data.find_cases(root, ["003"], True) for root in (small_phantom, tmp_path / "again"))
+    first, second = (opened(root).cases["patient003"] for root in (small_phantom, tmp_path / "again"))
     assert len(first) == 2 and [c.name for c in first] == [c.name for c in second]
     volumes = []
     for a, b in zip(first, second):
-        assert np.array_equal(data.read_image(a.image)[0], data.read_image(b.image)[0])
-        mask = data.read_mask(a, data.read_image(a.image)[0].shape, 4)
+        assert np.array_equal(data.read_image(a)[0], data.read_image(b)[0])
+        mask = data.read_mask(a, 4)
         assert set(np.unique(mask)) == {0, 1, 2, 3}
         volumes.append((mask == 3).sum())
     assert volumes[0] > volumes[1]  # the left ventricle is larger at end-diastole, the first frame

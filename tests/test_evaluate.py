@@ -85,14 +85,14 @@ def test_prediction_is_the_mean_probability_of_the_views_each_turned_back():
 
     y, x = np.mgrid[:100, :100] / 50 - 1
     volume = np.exp(-4 * ((y - 0.1) ** 2 + 2 * (x + 0.1) ** 2))[None].astype(np.float32)
-    one = ev.predict(model, volume, torch.device("cpu"), views=ev.ONE_VIEW)
+    one = ev.predict([model], [volume], torch.device("cpu"), views=ev.ONE_VIEW)
     assert (one == (volume > 0.4)).mean() > 0.99 and len(seen) == 1
-    nine = ev.predict(model, volume, torch.device("cpu"))
+    nine = ev.predict([model], [volume], torch.device("cpu"))
     assert (nine == one).mean() > 0.99 and len(seen) == 10
-    turned = ev.predict(model, volume, torch.device("cpu"), views=[(0.3, 1.1)])  # alone: no other view makes up for it
+    turned = ev.predict([model], [volume], torch.device("cpu"), views=[(0.3, 1.1)])  # alone: no other view makes up for it
     assert (turned == one).mean() > 0.99 and not torch.allclose(seen[-1], seen[0], atol=0.05)
     sure = iter([9.0, -2.0, -2.0])  # one very sure view does not outvote two, as it would in a mean of logits
-    votes = ev.predict(lambda v: torch.cat([0 * v, 0 * v + next(sure)], 1), volume, torch.device("cpu"), views=ev.ONE_VIEW * 3)
+    votes = ev.predict([lambda v: torch.cat([0 * v, 0 * v + next(sure)], 1)], [volume], torch.device("cpu"), views=ev.ONE_VIEW * 3)
     assert votes[0, 50, 50] == 0  # 1.00, 0.12, 0.12: mean 0.41
 
 

@@ -99,7 +99,7 @@ def test_paper_is_section_4_2_and_flags_beside_it_win():
 
 
 def test_every_trainable_tensor_of_the_paper_gets_a_gradient_and_frozen_ones_none(weights):
-    s = train.read_settings(["--paper", "--fm-weights", str(weights), "--codebook-size", "256", "--batch", "1", "--device", "cpu"])
+    s = train.read_settings(["--paper", "--fm-weights", str(weights), "--codebook-size", "256", "--classes", "4", "--device", "cpu"])
     student, teacher, fm, _, _ = train.build(s, CPU)
     official = official_state()
     assert all(torch.equal(value, official[name]) for name, value in student.encoder.vit.state_dict().items())
@@ -114,7 +114,7 @@ def test_every_trainable_tensor_of_the_paper_gets_a_gradient_and_frozen_ones_non
 
 def test_epochs_are_passes_over_the_unlabelled_slices(phantom_copy, tmp_path):
     last = run(phantom_copy, tmp_path / "run", steps=0, epochs=0.1, batch=2, supervised=True)
-    slices = len(data.Slices(data.training_cases(phantom_copy, data.PHANTOM_SPLIT, 2)[1]))
+    slices = len(data.Slices(data.open_dataset("phantom", str(phantom_copy)).training(2)[2]))
     assert last["place"]["step"] == -(-slices // 20)
 
 

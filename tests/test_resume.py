@@ -114,7 +114,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_that_moment_and_says_how_to_go_on(small_p
 
 def test_settings_that_contradict_the_resumed_run_are_refused_with_the_difference(tmp_path):
     s = train.Settings(lr=0.5, out=str(tmp_path), labeled=2)
-    (tmp_path / "record.json").write_text(json.dumps({"settings": train.asdict(s)}))
+    (tmp_path / "record.json").write_text(json.dumps({"settings": train.asdict(s), "processes": 1, "fm": "none"}))
     assert train.read_settings(["--resume", str(tmp_path), "--lr", "0.5"]).lr == 0.5
     with pytest.raises(BadInput, match="--lr 0.003: the run in .* began with 0.5; leave the flag out"):
         train.read_settings(["--resume", str(tmp_path), "--lr", "3e-3"])  # the default, but given by hand
@@ -145,7 +145,8 @@ def test_a_foreign_or_truncated_checkpoint_is_refused_and_runs_no_code(content, 
 
     path = tmp_path / "last.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(Malicious(), path)
-    student, teacher, _, optimizer = train.build(train.Settings(width=8, dim=8, codebook_size=32), torch.device("cpu"))
+    settings = train.Settings(width=8, dim=8, codebook_size=32, classes=4)
+    student, teacher, _, optimizer, _ = train.build(settings, torch.device("cpu"))
     with pytest.raises(BadInput, match="last.pt: not a checkpoint of this run"):
         train.restore(tmp_path, student, teacher, optimizer, torch.device("cpu"))
     assert not (tmp_path / "owned").exists()

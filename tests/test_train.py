@@ -20,7 +20,7 @@ from data import BadInput
 from train import Settings
 
 CPU = torch.device("cpu")
-SMALL = Settings(labeled=2, steps=5, batch=2, width=8, dim=8, codebook_size=32, device="cpu", fm="standin")
+SMALL = Settings(labeled=2, steps=5, batch=2, width=8, dim=8, codebook_size=32, device="cpu", fm="standin", classes=4)
 
 
 def one_step(s: Settings, progress: float = 1.0, seed: int = 0):
@@ -162,7 +162,8 @@ def test_a_short_run_writes_its_record_and_evaluate_reads_it(phantom_copy, tmp_p
     losses = [line for line in lines if "loss" in line][-1]
     assert {"seg_l", "rec_l", "seg_u", "rec_u", "align", "vq", "kept", "utilization", "perplexity", "steps_per_s"} <= set(losses)
     assert last["place"]["step"] == 5 and max(line.get("val_dice", 0) for line in lines) == pytest.approx(last["place"]["best"], abs=1e-5)
-    rows = evaluate.evaluate(evaluate.load(out, CPU)[0], data.find_cases(phantom_copy, ["006"], True), data.CLASSES, CPU)
+    cases = data.open_dataset("phantom", str(phantom_copy)).with_masks("val")
+    rows = evaluate.evaluate([evaluate.load(out, CPU)[0]], cases, data.CLASSES, CPU)
     assert evaluate.mean_dice(rows) == pytest.approx(json.loads((out / "result.json").read_text())["val_dice"], abs=1e-6)
     assert "empty predictions" in capsys.readouterr().out
 
@@ -217,7 +218,7 @@ def test_training_does_not_ask_for_test_patients_and_evaluate_names_them(phantom
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "a"), "--split", "test"])
     with pytest.raises(SystemExit) as stop:
         evaluate.main()
-    assert stop.value.code == 2 and "patients 007 of this split are missing" in capsys.readouterr().err
+    assert stop.value.code == 2 and "patients patient007 of the test split are missing" in capsys.readouterr().err
 
 
 def test_non_finite_loss_stops_loudly_with_its_terms(phantom_copy, tmp_path, monkeypatch):
@@ -280,18 +281,16 @@ def test_randomness_of_a_step_is_a_function_of_seed_and_step():
     "flags, says",
     [
         (["--eps", "1.5"], "--eps 1.5: must lie in 0 to 1"), (["--eps", "nan"], "--eps nan"),
-        (["--labeled", "0"], "--labeled 0: must lie in 1 to 14"),
-        (["--labeled", "71", "--data", "acdc", "--root", "{tmp}"], "--labeled 71: must lie in 1 to 70"),
+        (["--labeled", "0", "--root", "{phantom}"], "--labeled 0: must lie in 1 to 5"),
         (["--data", "acdc"], "--data acdc needs --root"), (["--data", "acdc", "--root", "/no/such"], "/no/such: no such folder"),
         (["--temperature", "0"], "--temperature 0.0: must be above 0"), (["--width", "20"], "--width 20: must be a multiple of 8"),
         (["--minutes", "1", "--steps", "5"], "give one of them"), (["--device", "cuda:77"], "--device cuda:77"),
         (["--batch", "0"], "--batch 0: must lie in 1"), (["--codebook-size", "1"], "--codebook-size 1: must lie in 2"),
     ],
 )  # fmt: skip
-def test_bad_flag_is_one_line_and_status_2_and_nothing_is_written(flags, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "make_phantoms", lambda root: None)
+def test_bad_flag_is_one_line_and_status_2_and_nothing_is_written(flags, says, phantom_copy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "run", *(f.format(tmp=tmp_path) for f in flags)])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "run", *(f.format(phantom=phantom_copy) for f in flags)])
     with pytest.raises(SystemExit) as stop:
         train.main()
     message = capsys.readouterr().err
@@ -328,5 +327,5 @@ def test_house_rules_of_imports():
 def test_settings_are_documented_and_survive_the_command_line():
     assert all(f.metadata["help"] for f in train.fields(Settings))
     given = train.read_settings(["--data", "phantom", "--lambda-u", "2.5", "--supervised", "--steps", "7"])
-    expected = copy.copy(Settings(lambda_u=2.5, supervised=True, steps=7, labeled=3))
+    expected = copy.copy(Settings(lambda_u=2.5, supervised=True, steps=7))
     assert given == expected
