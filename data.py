@@ -19,6 +19,9 @@ The paper does not say:
   - which view gets which augmentation. Weak: rotation, scale, shift. Strong: weak, then jitter, noise and blur. Geometry
     is thus the same in both, and the teacher's pseudo-label fits the student's view pixel by pixel.
 
+In this order: reading files, a few slices at a time; the layouts; who is in train, val and test; the grid, and drawing slices; the two
+views, which are the paper's part; phantoms. Only the last three touch what a network sees.
+
 Run `python data.py [--data acdc --root DIR]` to see what is found and to draw figures/data.png.
 """
 
