@@ -204,9 +204,15 @@ def predict_file(models: list[Model], source: Path, target: Path, saved: dict, d
     header["cal_min"] = header["cal_max"] = 0  # of the scan's intensities
     # The affine is the header's own, so nibabel leaves sform and qform as they are, also where they differ.
     temporary = target.with_name(f".{target.name}")
-    nib.save(type(file)(voxels.astype(header.get_data_dtype()), file.affine, header), temporary)
-    os.replace(temporary, target)
-    draw_overlay(np.concatenate(list(data.scaled(frames[0], window))), found[0], picture)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(type(file)(voxels.astype(header.get_data_dtype()), file.affine, header), temporary)
+        os.replace(temporary, target)
+        draw_overlay(data.scaled(frames[0], window), found[0], picture)
+    except OSError as error:
+        raise BadInput(f"{target}: cannot be written ({data.first_line(error)}); make room, or give another --out") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def predict_all(models: list[Model], source: Path, out: Path, saved: dict, device: torch.device) -> int:
@@ -214,7 +220,6 @@ def predict_all(models: list[Model], source: Path, out: Path, saved: dict, devic
     if not source.is_dir():
         if not out.name.endswith((".nii", ".nii.gz")):
             raise BadInput(f"--out {out}: must be the name of a .nii or .nii.gz file, as --predict is")
-        out.parent.mkdir(parents=True, exist_ok=True)
         predict_file(models, source, out, saved, device)
         print(f"wrote {out} and its picture")
         return 0
@@ -223,7 +228,6 @@ def predict_all(models: list[Model], source: Path, out: Path, saved: dict, devic
         raise BadInput(f"--predict {source}: no .nii or .nii.gz file in it; give the folder that holds the scans")
     if out.exists() and (not out.is_dir() or out.samefile(source)):
         raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
-    out.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files, start=1):
         done = "is there already, left alone" if (out / file.name).exists() else "written"
         try:
@@ -344,13 +348,25 @@ def compare(runs: list[Path], split: str, device: torch.device, root: str = "") 
 
 
 def scores(run: Path, split: str, device: torch.device, root: str = "") -> list[Row]:
-    """RUN/val.csv or RUN/test.csv, made where it is not there yet."""
-    path = run / f"{split}.csv"
-    if not path.exists():
-        model, saved = load(run, device)
+    """RUN/val.csv or RUN/test.csv, made where it is not there yet, or not of the checkpoint that is there now."""
+    model, saved = load(run, device)
+    path, record = run / f"{split}.csv", run / f"{split}.json"
+    try:
+        step = json.loads(record.read_text())["checkpoint_step"] if record.exists() else saved["step"]
+    except (ValueError, KeyError):  # cut off while it was written
+        step = None
+    if not path.exists() or step != saved["step"]:
         found = dataset_of(saved, root)
-        write_csv(path, evaluate([model], found.with_masks(split), found.labels, device, saved["settings"]["view"]))
+        write_scores(run, split, evaluate([model], found.with_masks(split), found.labels, device, saved["settings"]["view"]), saved)
     return read_csv(path)
+
+
+def write_scores(run: Path, split: str, rows: list[Row], saved: dict) -> None:
+    """RUN/val.csv or RUN/test.csv, and beside it which checkpoint was scored."""
+    write_csv(run / f"{split}.csv", rows)
+    record = {"split": split, "dice": mean_dice(rows), "checkpoint_step": saved["step"], "checkpoint_chosen_on": "val"}
+    record |= {"val_dice_in_one_view": saved["val_dice"], "fm": saved["fm"]}
+    (run / f"{split}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,6 +382,17 @@ def load(run: Path, device: torch.device) -> tuple[VQSeg, dict]:
         return load_teacher(path, device)
     except NOT_OURS as error:
         raise BadInput(f"{path}: not a checkpoint of this project ({data.first_line(error)}); train again") from None
+
+
+def load_alike(runs: list[Path], device: torch.device) -> tuple[list[Model], dict]:
+    """The teachers of runs that see a scan alike and mean the same by a class, and the first one's checkpoint."""
+    models, saved = zip(*(load(run, device) for run in runs))
+    for run, other in zip(runs, saved):
+        kinds = [(data.class_names(s["data"], s["classes"]), data.read_window(s["data"], s["window"]), s["view"])
+                 for s in (other["settings"], saved[0]["settings"])]  # fmt: skip
+        if kinds[0] != kinds[1]:
+            raise BadInput(f"{run}: its classes, --window or --view are not those of {runs[0]}; give runs that have these in common")
+    return list(models), saved[0]
 
 
 def dataset_of(saved: dict, root: str = "") -> data.DataSet:
@@ -415,8 +442,9 @@ def draw(models: dict[str, Model], cases: list[Case], rows: list[Row], labels: l
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    dice_of = {case: np.nanmean([r.dice for r in rows if r.case == case.name]) for case in cases}
-    ranked = sorted(cases, key=dice_of.get, reverse=True)
+    dice_of = {case: mean(r.dice for r in rows if r.case == case.name) for case in cases}
+    # A volume without any class, found to be so, has no Dice: it is shown only where there is no other.
+    ranked = sorted((c for c in cases if not math.isnan(dice_of[c])), key=dice_of.get, reverse=True) or cases
     lines = 2 + len(models)
     figure = plt.figure(figsize=(13.5, 1.67 * lines + 3 * bool(logs)), layout="constrained")
     top, *below = np.atleast_1d(figure.subfigures(1 + bool(logs), 1, height_ratios=[1.67 * lines, 3][: 1 + bool(logs)]))
@@ -445,18 +473,20 @@ def draw(models: dict[str, Model], cases: list[Case], rows: list[Row], labels: l
     plt.close(figure)
 
 
-def draw_overlay(image: np.ndarray, labels: np.ndarray, path: Path) -> None:
-    """Six slices of a volume (Z,H,W) with their labels in color."""
+def draw_overlay(slabs: Iterable[np.ndarray], labels: np.ndarray, path: Path) -> None:
+    """Six slices of a volume, which comes in slabs (n,H,W), without and with their labels (Z,H,W) in color."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 6, figsize=(12, 4.4), layout="constrained")
-    for column, k in enumerate(np.linspace(0, len(image) - 1, 6).round().astype(int)):
-        data.show(axes[0, column], image[k])
-        data.show(axes[1, column], image[k], labels[k])
-        axes[0, column].set_title(f"slice {k + 1} of {len(image)}", fontsize=8)
+    shown = np.linspace(0, len(labels) - 1, 6).round().astype(int)
+    for k, image in enumerate(image for slab in slabs for image in slab):
+        for column in np.flatnonzero(shown == k):
+            data.show(axes[0, column], image)
+            data.show(axes[1, column], image, labels[k])
+            axes[0, column].set_title(f"slice {k + 1} of {len(labels)}", fontsize=8)
     figure.savefig(path, dpi=75)
     plt.close(figure)
 
@@ -475,31 +505,31 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="where the table over several runs goes; default: comparison.csv beside the first")
     parser.add_argument("--figure", type=Path, help="also draw best, median and worst case into this PNG, and of several runs their curves")
     parser.add_argument("--eps", type=float, default=0.0, help="QPM of this strength on the tokens; then no CSV is written")
-    parser.add_argument("--mm", action="store_true", help="distances in mm, by the files' spacing, instead of voxels")
+    parser.add_argument("--mm", action="store_true", help="distances in mm, by the files' spacing, not in voxels; then no CSV is written")
     args = parser.parse_args()
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if args.predict or args.out:
             sys.exit(2 if main_predict(args, device) else 0)
         main_compare(args, device) if len(args.runs) > 1 else main_score(args, device)
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # OSError: a table or a figure that cannot be written; it names the file
         parser.exit(2, f"evaluate.py: {error}\n")
 
 
 def main_predict(args: argparse.Namespace, device: torch.device) -> int:
     if not (args.predict and args.out):
         raise BadInput("--predict and --out: give both, the scan and where its segmentation goes")
-    models, saved = zip(*(load(run, device) for run in args.runs))
-    for run, other in zip(args.runs, saved):
-        for name in ("classes", "view", "window"):
-            if other["settings"][name] != saved[0]["settings"][name]:
-                raise BadInput(f"{run}: its --{name} is not that of {args.runs[0]}; only runs of one kind have a mean")
-    return predict_all(list(models), args.predict, args.out, saved[0], device)
+    models, saved = load_alike(args.runs, device)
+    return predict_all(models, args.predict, args.out, saved, device)
 
 
 def main_compare(args: argparse.Namespace, device: torch.device) -> None:
     if args.eps or args.mm:
         raise BadInput("--eps and --mm: are for one run; give one, or leave them out")
+    if args.csv and args.csv.exists():
+        raise BadInput(f"--csv {args.csv}: is there already and is not written over; remove it or give another name")
+    if args.figure:  # before the hours that scoring may take
+        models, saved = load_alike(args.runs, device)
     head, lines = compare(args.runs, args.split, device, args.root)
     print("\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]))
     path = args.csv or args.runs[0].parent / "comparison.csv"
@@ -507,12 +537,11 @@ def main_compare(args: argparse.Namespace, device: torch.device) -> None:
         csv.writer(file).writerows([head, *lines])
     print(f"wrote {path}")
     if args.figure:
-        loaded = {run.name: load(run, device) for run in args.runs}
-        _, saved = next(iter(loaded.values()))
-        found = dataset_of(saved, args.root)
-        rows = scores(args.runs[0], args.split, device, args.root)
-        draw({name: model for name, (model, _) in loaded.items()}, found.with_masks(args.split), rows, found.labels, device,
-             saved["settings"]["view"], args.figure, [run / "log.jsonl" for run in args.runs])
+        found, rows = dataset_of(saved, args.root), scores(args.runs[0], args.split, device, args.root)
+        names = [run.name for run in args.runs]
+        names = names if len(set(names)) == len(names) else map(str, args.runs)
+        logs = [run / "log.jsonl" for run in args.runs if (run / "log.jsonl").exists()]
+        draw(dict(zip(names, models)), found.with_masks(args.split), rows, found.labels, device, found.view, args.figure, logs)
         print(f"wrote {args.figure}")
 
 
@@ -535,13 +564,8 @@ def main_score(args: argparse.Namespace, device: torch.device) -> None:
     if args.figure:
         draw({"prediction": network}, cases, rows, found.labels, device, s["view"], args.figure)
         print(f"wrote {args.figure}")
-    if args.eps:
-        return
-    if not args.mm:  # the table over runs reads it, and has distances in voxels
-        write_csv(run / f"{args.split}.csv", rows)
-    record = {"split": args.split, "dice": mean_dice(rows), "checkpoint_step": saved["step"], "checkpoint_chosen_on": "val"}
-    record |= {"val_dice_in_one_view": saved["val_dice"], "mm": args.mm, "fm": saved["fm"]}
-    (run / f"{args.split}.json").write_text(json.dumps(record, indent=2) + "\n")
+    if not (args.eps or args.mm):  # the table over runs reads them, of undisturbed tokens and in voxels
+        write_scores(run, args.split, rows, saved)
 
 
 if __name__ == "__main__":

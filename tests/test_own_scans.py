@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import sys
 
 import nibabel as nib
@@ -114,7 +115,7 @@ def test_several_runs_from_the_command_line_and_runs_that_have_no_mean(pair, run
     train_run(pair, tmp_path / "other", data=str(pair), view=96, steps=1, fm="none")
     capsys.readouterr()
     assert call(monkeypatch, runs / "a1", tmp_path / "other", "--predict", scan, "--out", tmp_path / "no.nii.gz") == 2
-    assert "its --view is not that of" in capsys.readouterr().err
+    assert "its classes, --window or --view are not those of" in capsys.readouterr().err
 
 
 def test_a_folder_goes_on_over_bad_files_and_leaves_alone_what_is_there(pair, runs, tmp_path, monkeypatch, capsys):
@@ -246,3 +247,104 @@ def test_result_says_which_foundation_model(runs, capsys, monkeypatch):
     assert call(monkeypatch, runs / "a2") == 0
     assert "foundation model: none; mean" in capsys.readouterr().out
     assert json.loads((runs / "a2" / "val.json").read_text())["fm"] == "none"
+
+
+# --- found by reading it again: what went wrong in silence
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_leaves_nothing_behind(pair, runs, tmp_path, monkeypatch, capsys):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("patient001_frame01.nii.gz", "patient002_frame01.nii.gz"):
+        (scans / name).write_bytes((pair / "images" / name).read_bytes())
+    original, calls = nib.save, []
+
+    def full_once(image, path):
+        calls.append(path)
+        if len(calls) > 1:
+            return original(image, path)
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", full_once)
+    assert call(monkeypatch, runs / "a1", "--predict", scans, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "patient001_frame01.nii.gz: cannot be written" in said.err and "No space left" in said.err
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"patient002_frame01.nii.gz", "patient002_frame01.png"}
+    assert call(monkeypatch, runs / "a1", "--predict", scans / "none.nii.gz", "--out", tmp_path / "new" / "seg.nii.gz") == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_picture_of_a_prediction_shows_the_slices_that_it_names_and_never_holds_the_volume(monkeypatch, tmp_path):
+    volume, seen = np.linspace(0, 1, 40, dtype=np.float32)[:, None, None] * np.ones((1, 8, 8), np.float32), []
+    monkeypatch.setattr(data, "show", lambda axis, picture, mask=None: seen.append((float(picture[0, 0]), mask)))
+    labels = np.arange(40)[:, None, None] * np.ones((1, 8, 8), int)
+    evaluate.draw_overlay((volume[k : k + 7] for k in range(0, 40, 7)), labels, tmp_path / "a.png")
+    wanted = [0, 8, 16, 23, 31, 39]
+    assert [round(value * 39) for value, _ in seen] == [k for k in wanted for _ in range(2)]
+    assert [int(mask[0, 0]) for _, mask in seen if mask is not None] == wanted
+
+
+def copied(run, target, **settings):
+    """A copy of a run with some settings changed in its checkpoint."""
+    shutil.copytree(run, target)
+    saved = torch.load(run / "best.pt", weights_only=True)
+    torch.save(saved | {"settings": saved["settings"] | settings}, target / "best.pt")
+    return target
+
+
+def test_runs_that_scale_intensities_differently_have_no_mean_and_no_common_figure(pair, runs, tmp_path, monkeypatch, capsys):
+    window = copied(runs / "a2", tmp_path / "window", window="0,1000")
+    lesion, ct = copied(runs / "a1", tmp_path / "x", classes=2), copied(runs / "a2", tmp_path / "y", data="lc", classes=2)
+    scan = pair / "images" / "patient003_frame01.nii.gz"
+    for first, second in ((runs / "a1", window), (lesion, ct)):  # lc's window is its default, and stands in no setting
+        assert call(monkeypatch, first, second, "--predict", scan, "--out", tmp_path / "seg.nii.gz") == 2
+        said = capsys.readouterr().err
+        assert f"{second}: its classes, --window or --view are not those of {first}" in said and said.count("\n") == 1
+    assert call(monkeypatch, runs / "a1", window, "--csv", tmp_path / "t.csv", "--figure", tmp_path / "t.png") == 2
+    assert "its classes, --window or --view" in capsys.readouterr().err and not (tmp_path / "t.png").exists()
+
+
+def test_figure_over_runs_has_a_row_for_each_also_where_folders_have_the_same_name(pair, runs, tmp_path, monkeypatch):
+    first, second = copied(runs / "a1", tmp_path / "a" / "run"), copied(runs / "a2", tmp_path / "b" / "run")
+    (second / "log.jsonl").unlink()  # as when only checkpoints were copied: no curve, and no traceback
+    rows = []
+    monkeypatch.setattr(evaluate, "draw", lambda models, *_: rows.append(models))
+    assert call(monkeypatch, first, second, "--csv", tmp_path / "t.csv", "--figure", tmp_path / "t.png") == 0
+    assert list(rows[0]) == [str(first), str(second)]
+    monkeypatch.undo()
+    assert call(monkeypatch, first, second, "--csv", tmp_path / "u.csv", "--figure", tmp_path / "t.png") == 0
+    assert (tmp_path / "t.png").exists()
+
+
+def test_scores_of_an_earlier_checkpoint_are_made_again(runs, tmp_path):
+    run = copied(runs / "a1", tmp_path / "run")
+    fresh = evaluate.scores(run, "test", CPU)
+    marked = [row._replace(dice=0.125) for row in fresh]
+    evaluate.write_csv(run / "test.csv", marked)
+    assert evaluate.scores(run, "test", CPU) == marked  # of this checkpoint: read and not made again
+    saved = torch.load(run / "best.pt", weights_only=True)
+    torch.save(saved | {"step": saved["step"] + 1}, run / "best.pt")  # training went on
+    assert [row.dice for row in evaluate.scores(run, "test", CPU)] == pytest.approx([row.dice for row in fresh], abs=1e-12)
+
+
+def test_a_table_is_never_written_over_a_file_that_the_user_names(runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.csv").write_text("precious")
+    assert call(monkeypatch, runs / "a1", runs / "b1", "--csv", tmp_path / "mine.csv") == 2
+    assert "mine.csv: is there already" in capsys.readouterr().err and (tmp_path / "mine.csv").read_text() == "precious"
+    assert call(monkeypatch, runs / "a1", runs / "b1", "--csv", tmp_path / "no" / "t.csv") == 2
+    said = capsys.readouterr().err
+    assert "t.csv" in said and said.count("\n") == 1
+    for _ in range(2):  # but the one without a name of its own is
+        assert call(monkeypatch, runs / "a1", runs / "b1") == 0
+    (runs / "comparison.csv").unlink()
+
+
+def test_volumes_without_any_class_are_not_drawn_as_best_or_worst(tmp_path, monkeypatch, recwarn):
+    cases = [data.Case(name, name, (), ()) for name in ("empty", "good", "bad")]
+    rows = [evaluate.Row(name, "lesion", d, d, 1, 1, False) for name, d in (("empty", math.nan), ("good", 0.9), ("bad", 0.2))]
+    drawn = []
+    monkeypatch.setattr(data, "read_image", lambda case: drawn.append(case.name) or (np.zeros((3, 16, 16), np.float32), (1, 1, 1)))
+    monkeypatch.setattr(data, "read_mask", lambda case, classes: np.zeros((3, 16, 16), np.uint8))
+    evaluate.draw({}, cases, rows, ["background", "lesion"], CPU, 240, tmp_path / "a.png")
+    assert drawn == ["good", "bad", "bad"] and not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
