@@ -215,6 +215,8 @@ def train(s: Settings, stop: list[str]) -> None:
         f"({len(unlabelled)} slices), {len(val_cases)} validation volumes; {device}, {'bfloat16' if amp else 'float32'}")
     for name in labelled.absent_classes(labels):
         say(f"WARNING: no labelled slice shows the class {name}: it cannot be learned", flush=True)
+    if not any(slab.any() for case in val_cases for slab in data.mask_slabs(case, s.classes)):
+        raise BadInput(f"{found.root}: no validation mask shows any class, so no teacher could be chosen; add a patient with one to val")
     student, teacher, fm, optimizer, about = build(s, device, say)
     crop, s.view = (pixels // student.stride * student.stride for pixels in (data.CROP, found.view))  # whole patches of the network
     run = Path(s.resume) if s.resume else Path()

@@ -298,13 +298,16 @@ def child(flags: list[str]) -> tuple[list[float], float, str]:
 
 @pytest.mark.slow
 def test_300_large_volumes_are_listed_in_seconds_and_train_in_under_4_gb(tmp_path):
-    """512 x 512 x 300, a lesion in none of them; and one small patient to validate on."""
+    """512 x 512 x 300, a lesion in none of them; and one small patient, with a lesion, to validate on."""
     names = [f"ct{n:03d}" for n in range(300)]
     for name in names:
         for kind, dtype in (("images", np.int16), ("labels", np.uint8)):
             sparse(tmp_path / "set" / kind / f"{name}.nii", (512, 512, 300), dtype)
     for kind, dtype in (("images", np.int16), ("labels", np.uint8)):
         sparse(tmp_path / "set" / kind / "small.nii", (64, 64, 2), dtype)
+    with open(tmp_path / "set" / "labels" / "small.nii", "r+b") as file:
+        file.seek(352)
+        file.write(b"\1")  # the only voxel of a lesion: a validation without any is refused
     (tmp_path / "set" / "split.txt").write_text("small val\n" + "".join(f"{name} train\n" for name in names))
     where = ["--data", "lc", "--root", str(tmp_path / "set"), "--out", str(tmp_path / "run"), "--device", "cpu"]
     listed, peak, said = child([*where, "--steps", "6", "--batch", "2", "--width", "8", "--warmup", "0", "--codebook-size", "64"])

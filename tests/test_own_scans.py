@@ -340,6 +340,19 @@ def test_a_table_is_never_written_over_a_file_that_the_user_names(runs, tmp_path
     (runs / "comparison.csv").unlink()
 
 
+def test_validation_masks_that_show_nothing_are_refused_before_training(pair, tmp_path):
+    """Every Dice would be nan where the teacher is right too: no best checkpoint, and half an hour lost."""
+    shutil.copytree(pair, tmp_path / "set")
+    found = data.open_dataset(str(pair), classes=4)
+    for case in found.with_masks("val"):
+        path = tmp_path / "set" / "labels" / case.masks[0].name
+        file = nib.load(path)
+        nib.save(nib.Nifti1Image(np.zeros(file.shape, np.uint8), file.affine), path)
+    with pytest.raises(BadInput, match="no validation mask shows any class"):
+        train_run(tmp_path / "set", tmp_path / "run", data=str(tmp_path / "set"), classes=4, steps=1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_volumes_without_any_class_are_not_drawn_as_best_or_worst(tmp_path, monkeypatch, recwarn):
     cases = [data.Case(name, name, (), ()) for name in ("empty", "good", "bad")]
     rows = [evaluate.Row(name, "lesion", d, d, 1, 1, False) for name, d in (("empty", math.nan), ("good", 0.9), ("bad", 0.2))]
