@@ -220,8 +220,12 @@ def train(s: Settings, stop: list[str]) -> None:
     student, teacher, fm, optimizer, about = build(s, device, say)
     crop, s.view = (pixels // student.stride * student.stride for pixels in (data.CROP, found.view))  # whole patches of the network
     run = Path(s.resume) if s.resume else Path()
+    parts = {"labelled": labelled_cases, "unlabelled": unlabelled_cases, "val": val_cases}
+    names = {part: [case.name for case in some] for part, some in parts.items()}
+    if s.resume and names != {part: json.loads((run / "record.json").read_text())[part] for part in names}:
+        raise BadInput(f"--resume {run}: {found.root} does not hold the volumes that the run began with; restore them, or start a new run")
     if rank == 0 and not s.resume:
-        run = make_run_folder(s, world, about["fm"], {"labelled": labelled_cases, "unlabelled": unlabelled_cases, "val": val_cases})
+        run = make_run_folder(s, world, about["fm"], names)
     at = restore(run, student, teacher, optimizer, device) if s.resume else Place()
     record = Record(run, s.codebook_size, device, at, rank == 0)
     step = Step(student)
@@ -572,22 +576,22 @@ def pretrained_dinov2(s: Settings, download: bool) -> DINOv2 | None:
         raise BadInput(f"{where}: not DINOv2 weights in the official format ({data.first_line(error)}); get {OFFICIAL}") from None
 
 
-def make_run_folder(s: Settings, processes: int, fm: str, cases: dict[str, list[Case]]) -> Path:
+def make_run_folder(s: Settings, processes: int, fm: str, names: dict[str, list[str]]) -> Path:
     """A new folder with the record of what is about to run. A folder that holds a run already is never written over."""
     name = "supervised" if s.supervised else f"vqseg-{s.perturb}"
     run = Path(s.out or f"runs/{Path(s.data).resolve().name}-{s.labeled}-{name}-seed{s.seed}")
     if s.out and (run / "record.json").exists():
         raise BadInput(f"--out {run}: holds a run already; --resume {run} goes on with it, or give another folder")
-    number = 2
+    number, first = 2, run.name
     while not s.out and run.exists():
-        run = run.with_name(f"{run.name.split('.')[0]}.{number}")
+        run = run.with_name(f"{first}.{number}")
         number += 1
     run.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).parent
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip()
     record = {"settings": asdict(s), "command": sys.argv, "commit": commit or "unknown", "torch": torch.__version__,
               "numpy": np.__version__, "python": sys.version.split()[0], "chosen_on": "val", "processes": processes, "fm": fm}
-    record |= {part: [case.name for case in some] for part, some in cases.items()}
+    record |= names
     (run / "record.tmp").write_text(json.dumps(record, indent=2) + "\n")
     os.replace(run / "record.tmp", run / "record.json")
     s.out = str(run)

@@ -16,6 +16,7 @@ from test_train import run as train_run
 
 import data
 import evaluate
+import train
 from data import BadInput
 
 
@@ -351,6 +352,17 @@ def test_validation_masks_that_show_nothing_are_refused_before_training(pair, tm
     with pytest.raises(BadInput, match="no validation mask shows any class"):
         train_run(tmp_path / "set", tmp_path / "run", data=str(tmp_path / "set"), classes=4, steps=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_volumes_than_it_began_with(pair, tmp_path):
+    """A seed would split the grown folder anew, and train on patients that the run was validated on."""
+    shutil.copytree(pair, tmp_path / "set")
+    train_run(tmp_path / "set", tmp_path / "run", data=str(tmp_path / "set"), classes=4, steps=1, fm="none")
+    resumed = train.read_settings(["--resume", str(tmp_path / "run")])
+    train.train(resumed, [])
+    shutil.copy(tmp_path / "set" / "images" / "patient001_frame01.nii.gz", tmp_path / "set" / "images" / "new.nii.gz")
+    with pytest.raises(BadInput, match="does not hold the volumes that the run began with"):
+        train.train(resumed, [])
 
 
 def test_volumes_without_any_class_are_not_drawn_as_best_or_worst(tmp_path, monkeypatch, recwarn):
