@@ -750,7 +750,7 @@ def show(axis, picture, mask=None, alpha: float = 0.6) -> None:
     """A slice in gray and its mask (0 is not drawn) in color, on an axis of matplotlib."""
     from matplotlib.colors import ListedColormap
 
-    axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    axis.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=1)
     axis.set(xticks=[], yticks=[])
     if mask is not None:
         n = len(COLORS) - 1
