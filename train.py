@@ -201,31 +201,14 @@ def train(s: Settings, stop: list[str]) -> None:
     with the joint batch; only the first one (rank 0) writes, prints and validates.
     """
     rank, world, device = join_processes(s)
-    amp = has_bfloat16(device)
-    # Everything the run needs is found, read and checked before anything is written.
     say = print if rank == 0 else lambda *_, **__: None
-    found = data.open_dataset(s.data, s.root, s.classes, s.window, s.view, s.split_seed)
-    s.labeled, labelled_cases, unlabelled_cases = found.training(s.labeled)
-    s.classes, labels, val_cases = len(found.labels), found.labels, found.with_masks("val")
-    say(found.summary())
-    say(data.mixed_orientations(labelled_cases + unlabelled_cases + val_cases), end="")
-    labelled, unlabelled = Slices(labelled_cases, s.classes, say), Slices(unlabelled_cases, s.classes, say)
+    # Everything the run needs is found, read and checked before anything is written.
+    found, labelled, unlabelled, val_cases = read_data(s, say)
     steps = s.steps or math.ceil(s.epochs * len(unlabelled) / (s.batch * world))  # 0: the clock decides
-    say(f"{s.labeled} labelled patients ({len(labelled)} slices), {len(unlabelled_cases)} unlabelled volumes "
-        f"({len(unlabelled)} slices), {len(val_cases)} validation volumes; {device}, {'bfloat16' if amp else 'float32'}")
-    for name in labelled.absent_classes(labels):
-        say(f"WARNING: no labelled slice shows the class {name}: it cannot be learned", flush=True)
-    if not any(slab.any() for case in val_cases for slab in data.mask_slabs(case, s.classes)):
-        raise BadInput(f"{found.root}: no validation mask shows any class, so no teacher could be chosen; add a patient with one to val")
     student, teacher, fm, optimizer, about = build(s, device, say)
     crop, s.view = (pixels // student.stride * student.stride for pixels in (data.CROP, found.view))  # whole patches of the network
-    run = Path(s.resume) if s.resume else Path()
-    parts = {"labelled": labelled_cases, "unlabelled": unlabelled_cases, "val": val_cases}
-    names = {part: [case.name for case in some] for part, some in parts.items()}
-    if s.resume and names != {part: json.loads((run / "record.json").read_text())[part] for part in names}:
-        raise BadInput(f"--resume {run}: {found.root} does not hold the volumes that the run began with; restore them, or start a new run")
-    if rank == 0 and not s.resume:
-        run = make_run_folder(s, world, about["fm"], names)
+    amp = has_bfloat16(device)
+    run = run_folder(s, rank, world, about["fm"], {"labelled": labelled.cases, "unlabelled": unlabelled.cases, "val": val_cases})
     at = restore(run, student, teacher, optimizer, device) if s.resume else Place()
     record = Record(run, s.codebook_size, device, at, rank == 0)
     step = Step(student)
@@ -234,11 +217,12 @@ def train(s: Settings, stop: list[str]) -> None:
         step = DistributedDataParallel(step, find_unused_parameters=unused)
     sample = data.crop_center(data.middle_slice(val_cases[0]), s.view)  # for the figure of model.py
     # What evaluation needs beside the weights: the split too, for a seed would shuffle a folder that has grown anew.
-    axes = data.open_volume(labelled_cases[0].images).axes
+    axes = data.open_volume(labelled.cases[0].images).axes
     fixed = {"settings": asdict(s), "split": found.split, "axes": axes, "sample": sample, **about}
     if rank == 0 and at.step == 0 and not s.supervised:
         snapshot(run, 0, teacher, [labelled, unlabelled], device, s.view)
-    say(f"{run}: training for {f'{steps} steps' if steps else f'{s.minutes:g} minutes'}, from step {at.step} on", flush=True)
+    budget = f"{steps} steps" if steps else f"{s.minutes:g} minutes"
+    say(f"{run}: training for {budget} on {device} in {'bfloat16' if amp else 'float32'}, from step {at.step} on", flush=True)
 
     every = 50 if steps == 0 or steps >= 500 else max(1, steps // 10)
     start = time.perf_counter() - at.seconds
@@ -288,7 +272,7 @@ def train(s: Settings, stop: list[str]) -> None:
         if validate:
             first, at.checks = at.checks == 0, int(10 * at.progress)
         if validate and rank == 0:
-            rows = evaluate.evaluate([teacher], val_cases, labels, device, s.view, amp, distances=False, views=evaluate.ONE_VIEW)
+            rows = evaluate.evaluate([teacher], val_cases, found.labels, device, s.view, amp, distances=False, views=evaluate.ONE_VIEW)
             score = evaluate.mean_dice(rows)
             record.write({"step": at.step, "progress": round(at.progress, 4), "val_dice": round(score, 5)})
             better = ", the best so far" if score > at.best else ""
@@ -306,7 +290,7 @@ def train(s: Settings, stop: list[str]) -> None:
         if stopping:
             raise KeyboardInterrupt
     if rank == 0:
-        finish(s, run, labels, labelled, unlabelled, val_cases, device, at)
+        finish(s, run, found.labels, labelled, unlabelled, val_cases, device, at)
     if world > 1:
         dist.barrier()  # while the first one finishes; leaving at once can deadlock in gloo's destructor
         dist.destroy_process_group()
@@ -515,6 +499,24 @@ def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Genera
     return torch.Generator(device).manual_seed(int(states[0])), torch.Generator().manual_seed(int(states[1]))
 
 
+def read_data(s: Settings, say) -> tuple[data.DataSet, Slices, Slices, list[Case]]:
+    """The data set, its labelled and unlabelled training slices, its validation volumes; settings that depend on it are filled in."""
+    found = data.open_dataset(s.data, s.root, s.classes, s.window, s.view, s.split_seed)
+    s.classes = len(found.labels)
+    s.labeled, labelled_cases, unlabelled_cases = found.training(s.labeled)
+    val_cases = found.with_masks("val")
+    say(found.summary())
+    say(data.mixed_orientations(labelled_cases + unlabelled_cases + val_cases), end="")
+    labelled, unlabelled = Slices(labelled_cases, s.classes, say), Slices(unlabelled_cases, s.classes, say)
+    say(f"{s.labeled} labelled patients ({len(labelled)} slices), {len(unlabelled_cases)} unlabelled volumes ({len(unlabelled)} slices), "
+        f"{len(val_cases)} validation volumes")
+    for name in labelled.absent_classes(found.labels):
+        say(f"WARNING: no labelled slice shows the class {name}: it cannot be learned", flush=True)
+    if not any(slab.any() for case in val_cases for slab in data.mask_slabs(case, s.classes)):
+        raise BadInput(f"{found.root}: no validation mask shows any class, so no teacher could be chosen; add a patient with one to val")
+    return found, labelled, unlabelled, val_cases
+
+
 def build(s: Settings, device: torch.device, say=print) -> tuple[VQSeg, VQSeg, nn.Module | None, torch.optim.Optimizer, dict]:
     """Student, teacher (a copy that no gradient reaches), foundation model, optimizer, and what a checkpoint must know of them."""
     fm, fm_name = (None, "none") if s.supervised else foundation_model(s, say)
@@ -576,8 +578,17 @@ def pretrained_dinov2(s: Settings, download: bool) -> DINOv2 | None:
         raise BadInput(f"{where}: not DINOv2 weights in the official format ({data.first_line(error)}); get {OFFICIAL}") from None
 
 
-def make_run_folder(s: Settings, processes: int, fm: str, names: dict[str, list[str]]) -> Path:
-    """A new folder with the record of what is about to run. A folder that holds a run already is never written over."""
+def run_folder(s: Settings, rank: int, processes: int, fm: str, cases: dict[str, list[Case]]) -> Path:
+    """The folder of the run that goes on, or a new one with the record of what is about to run, which never goes over an old one."""
+    names = {part: [case.name for case in some] for part, some in cases.items()}
+    if s.resume:
+        record = json.loads((Path(s.resume) / "record.json").read_text())
+        if names != {part: record[part] for part in names}:
+            remedy = "restore them, or start a new run"
+            raise BadInput(f"--resume {s.resume}: the data set does not hold the volumes that the run began with; {remedy}")
+        return Path(s.resume)
+    if rank > 0:
+        return Path()  # only the first process writes
     name = "supervised" if s.supervised else f"vqseg-{s.perturb}"
     run = Path(s.out or f"runs/{Path(s.data).resolve().name}-{s.labeled}-{name}-seed{s.seed}")
     if s.out and (run / "record.json").exists():
