@@ -644,9 +644,9 @@ def weak_view(images: Tensor, masks: Tensor, generator: torch.Generator, crop: i
     turn = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1) * (crop / G)  # (B,2,2)
     theta = torch.cat([turn, shift[:, :, None]], dim=2)  # (B,2,3)
     grid = F.affine_grid(theta, [B, 1, crop, crop], align_corners=False)
-    view = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
-    labels = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0].long()
-    return view, labels
+    x = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
+    y = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0].long()
+    return x, y
 
 
 def strong_view(x: Tensor, generator: torch.Generator) -> Tensor:

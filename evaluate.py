@@ -435,7 +435,7 @@ def codeword_counts(model: VQSeg, sets: list[Slices], device: torch.device, view
 
 
 def draw(models: dict[str, Model], cases: list[Case], rows: list[Row], labels: list[str], device: torch.device, view: int, path: Path,
-         logs: list[Path] = []) -> None:
+         logs: Iterable[Path] = ()) -> None:
     """Best, median and worst case by mean Dice: image, expert's mask and each model's prediction in three slices; the runs' curves."""
     import matplotlib
 
