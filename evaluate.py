@@ -18,6 +18,7 @@ its best checkpoint in one view, which is quicker.
     python evaluate.py RUN [--split test]                          scores, into RUN/val.csv or RUN/test.csv
     python evaluate.py RUN [RUN ...] --predict SCAN --out SEG       a new scan, or a folder of them; several runs: their mean
     python evaluate.py RUN RUN [RUN ...]                            one table over runs, seeds together
+    python evaluate.py results/eps.csv --sweep eps --figure eps.png   the same from the records of runs, and a figure
 """
 
 import argparse
@@ -318,33 +319,120 @@ def t_test(a: list[float], b: list[float]) -> float:
     return 1 - sin * sums
 
 
-def compare(runs: list[Path], split: str, device: torch.device, root: str = "") -> tuple[list[str], list[list[str]]]:
-    """Head and lines of one table over runs. Runs that differ in nothing but their seed are one line: mean +- spread over seeds."""
-    groups: dict[str, dict[int, Path]] = {}
-    for run in runs:
-        saved = load(run, torch.device("cpu"))[1]
-        same = {k: v for k, v in saved["settings"].items() if k not in ("seed", "out", "root", "resume", "device")} | {"model": saved["fm"]}
-        seeds = groups.setdefault(json.dumps(same), {})
-        if saved["settings"]["seed"] in seeds:
-            raise BadInput(f"{run}: has the settings and the seed of {seeds[saved['settings']['seed']]}; leave one of the two out")
-        seeds[saved["settings"]["seed"]] = run
+class Record(NamedTuple):
+    """What a table needs of a run: a line of results/*.csv, from which the table can be made again without the run."""
+
+    run: str
+    commit: str
+    seed: int
+    fm: str
+    dice: float
+    jaccard: float
+    hd95: float
+    asd: float
+    empty: int
+    scored: int  # classes of volumes
+    utilization: float  # of the codebook over the training slices, by the teacher that is scored; nan without a codebook
+    perplexity: float
+    settings: str  # JSON, without what does not change what is learned
+    log: str  # JSON, the lines of log.jsonl with a validation
+
+
+def record_of(run: Path, split: str, device: torch.device, root: str = "") -> Record:
+    saved, rows = load(run, torch.device("cpu"))[1], scores(run, split, device, root)
+    about, result = (json.loads((run / name).read_text()) if (run / name).exists() else {} for name in ("record.json", "result.json"))
+    settings = {k: v for k, v in saved["settings"].items() if k not in ("seed", "out", "root", "resume", "device")}
+    lines: dict[int, dict] = {}
+    for text in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []:
+        line = json.loads(text)
+        lines.setdefault(line["step"], {}).update((k, v) for k, v in line.items() if k in ("step", "loss", "utilization", "val_dice"))
+    log = [line for line in lines.values() if "val_dice" in line]
+    return Record(run.name, about.get("commit", "unknown"), saved["settings"]["seed"], saved["fm"], *(round(m, 5) for m in means(rows)),
+                  sum(r.empty for r in rows), len(rows), result.get("utilization", math.nan), round(result.get("perplexity", math.nan), 1),
+                  json.dumps(settings), json.dumps(log))  # fmt: skip
+
+
+def write_records(path: Path, records: list[Record]) -> None:
+    with open(path, "x", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([Record._fields, *records])
+
+
+def read_records(path: Path) -> list[Record]:
+    kinds = Record.__annotations__
+    try:
+        with open(path, newline="") as file:
+            return [Record(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise BadInput(f"{path}: cannot be read as records of runs ({data.first_line(error)}); give what --records wrote") from None
+
+
+def by_settings(records: list[Record]) -> list[tuple[dict, list[Record]]]:
+    """Runs that differ in nothing but their seed, together; with each group those of its settings in which groups differ."""
+    groups: dict[str, dict[int, Record]] = {}
+    for record in records:
+        seeds = groups.setdefault(json.dumps(json.loads(record.settings) | {"model": record.fm}), {})
+        if record.seed in seeds:
+            raise BadInput(f"{record.run}: has the settings and the seed of {seeds[record.seed].run}; leave one of the two out")
+        seeds[record.seed] = record
     settings = [json.loads(key) for key in groups]
-    differ = [name for name in settings[0] if len({json.dumps(s.get(name)) for s in settings}) > 1 or name == "model"]
+    differ = [name for name in settings[0] if len({json.dumps(s.get(name)) for s in settings}) > 1]
+    return [({name: s.get(name) for name in differ}, [seeds[k] for k in sorted(seeds)]) for s, seeds in zip(settings, groups.values())]
+
+
+def compare(records: list[Record]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of one table over runs, seeds together: mean +- standard deviation over seeds."""
     lines, first = [], None
-    for s, seeds in zip(settings, groups.values()):
-        rows = {seed: scores(run, split, device, root) for seed, run in sorted(seeds.items())}
-        of_seeds = np.array([means(some) for some in rows.values()])  # (seeds,4)
-        spread = [f" +- {d:.4f}" for d in of_seeds.std(0, ddof=1)] if len(rows) > 1 else [""] * 4
-        cells = [f"{m:.4f}{d}" for m, d in zip(of_seeds.mean(0), spread)]
-        by_seed = dict(zip(rows, of_seeds[:, 0]))
+    groups = by_settings(records)
+    for differ, group in groups:
+        numbers = np.array([(r.dice, r.jaccard, r.hd95, r.asd, r.utilization) for r in group])  # (seeds,5)
+        spread = [f" +- {d:.4f}" for d in numbers.std(0, ddof=1)] if len(group) > 1 else [""] * 5
+        cells = [f"{m:.4f}{d}" if not math.isnan(m) else "-" for m, d in zip(numbers.mean(0), spread)]
+        by_seed = {r.seed: r.dice for r in group}
         first = first or by_seed
         common = [seed for seed in by_seed if seed in first]
         p = t_test([by_seed[seed] for seed in common], [first[seed] for seed in common])
-        empty = f"{sum(r.empty for some in rows.values() for r in some)} of {sum(map(len, rows.values()))}"
-        named = [str(s.get(name)) for name in differ] + [" ".join(map(str, rows))]
+        named = [str(value) for name, value in differ.items() if name != "model"] + [group[0].fm, " ".join(map(str, by_seed))]
+        empty = f"{sum(r.empty for r in group)} of {sum(r.scored for r in group)}"
         lines.append(named + cells + [empty, "-" if math.isnan(p) else f"{p:.4f}"])
-    head = [name if name != "model" else "foundation model" for name in differ]
-    return head + ["seeds", "Dice", "Jaccard", "HD95 (voxels)", "ASD (voxels)", "empty predictions", "p against the first"], lines
+    head = [name for name in groups[0][0] if name != "model"] + ["foundation model", "seeds", "Dice", "Jaccard", "HD95 (voxels)"]
+    return head + ["ASD (voxels)", "codewords in use", "empty predictions", "p against the first"], lines
+
+
+def draw_sweep(records: list[Record], name: str, path: Path) -> None:
+    """Dice against the setting `name`, a curve for each other setting; and the codewords in use over training, of the first curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = by_settings(records)
+    if name not in groups[0][0]:
+        raise BadInput(f"--sweep {name}: the runs do not differ in it, but in {', '.join(groups[0][0]) or 'nothing'}; name one of these")
+    places = sorted({differ[name] for differ, _ in groups})  # side by side, at equal distances: T goes up to inf, K by factors of 4
+    curves: dict[str, dict] = {}
+    for differ, group in groups:
+        others = ", ".join(f"{k} {v}" for k, v in differ.items() if k != name) or "Dice"
+        curves.setdefault(others, {})[differ[name]] = group
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for label, curve in curves.items():
+        x = sorted(curve)
+        dices = [[r.dice for r in curve[value]] for value in x]
+        spread = [np.std(some, ddof=1) if len(some) > 1 else 0 for some in dices]
+        left.errorbar([places.index(value) for value in x], [np.mean(some) for some in dices], spread, marker="o", capsize=3, label=label)
+    left.set(xticks=range(len(places)), xticklabels=[f"{value:g}" for value in places], xlabel=name)
+    left.set_title("Dice, mean and standard deviation over seeds", fontsize=10)
+    left.legend(fontsize=8)
+    label, curve = next(iter(curves.items()))
+    for value in sorted(curve):
+        log = json.loads(curve[value][0].log)
+        log = [line for line in log if "utilization" in line]
+        right.plot([line["step"] for line in log], [line["utilization"] for line in log], label=f"{name} {value:g}")
+    right.set_title(f"share of codewords in use within 50 steps ({label}, seed {next(iter(curve.values()))[0].seed})", fontsize=10)
+    right.set(xlabel="step", ylim=(0, 1.05))
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def scores(run: Path, split: str, device: torch.device, root: str = "") -> list[Row]:
@@ -497,13 +585,16 @@ def draw_overlay(slabs: Iterable[np.ndarray], labels: np.ndarray, path: Path) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of train.py; several: one table, or a mean prediction")
+    what = "folder of train.py; several, or CSVs of --records: one table; several with --predict: their mean"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=what)
     parser.add_argument("--split", default="val", choices=["val", "test"])
     parser.add_argument("--root", default="", help="where the data is now, if not where training found it")
     parser.add_argument("--predict", type=Path, metavar="SCAN", help="segment this NIfTI file, or all in this folder, into --out")
     parser.add_argument("--out", type=Path, help="file or folder for --predict")
     parser.add_argument("--csv", type=Path, help="where the table over several runs goes; default: comparison.csv beside the first")
+    parser.add_argument("--records", type=Path, help="also write a line for each run here; such a CSV is taken in place of its runs")
     parser.add_argument("--figure", type=Path, help="also draw best, median and worst case into this PNG, and of several runs their curves")
+    parser.add_argument("--sweep", metavar="SETTING", help="of several runs, let --figure draw Dice against this setting of train.py")
     parser.add_argument("--eps", type=float, default=0.0, help="QPM of this strength on the tokens; then no CSV is written")
     parser.add_argument("--mm", action="store_true", help="distances in mm, by the files' spacing, not in voxels; then no CSV is written")
     args = parser.parse_args()
@@ -511,7 +602,8 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if args.predict or args.out:
             sys.exit(2 if main_predict(args, device) else 0)
-        main_compare(args, device) if len(args.runs) > 1 else main_score(args, device)
+        several = len(args.runs) > 1 or args.runs[0].suffix == ".csv"
+        main_compare(args, device) if several else main_score(args, device)
     except (BadInput, OSError) as error:  # OSError: a table or a figure that cannot be written; it names the file
         parser.exit(2, f"evaluate.py: {error}\n")
 
@@ -524,19 +616,30 @@ def main_predict(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def main_compare(args: argparse.Namespace, device: torch.device) -> None:
+    folders = [run for run in args.runs if run.suffix != ".csv"]
     if args.eps or args.mm:
         raise BadInput("--eps and --mm: are for one run; give one, or leave them out")
-    if args.csv and args.csv.exists():
-        raise BadInput(f"--csv {args.csv}: is there already and is not written over; remove it or give another name")
-    if args.figure:  # before the hours that scoring may take
+    for flag, path in (("--csv", args.csv), ("--records", args.records)):
+        if path and path.exists():
+            raise BadInput(f"{flag} {path}: is there already and is not written over; remove it or give another name")
+    if args.figure and not args.sweep:  # before the hours that scoring may take
         models, saved = load_alike(args.runs, device)
-    head, lines = compare(args.runs, args.split, device, args.root)
+    records = [record_of(run, args.split, device, args.root) for run in folders]
+    records = [record for path in args.runs if path not in folders for record in read_records(path)] + records
+    head, lines = compare(records)
     print("\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]))
-    path = args.csv or args.runs[0].parent / "comparison.csv"
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([head, *lines])
-    print(f"wrote {path}")
-    if args.figure:
+    if args.records:
+        write_records(args.records, records)
+        print(f"wrote {args.records}")
+    if args.csv or folders:
+        path = args.csv or folders[0].parent / "comparison.csv"
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([head, *lines])
+        print(f"wrote {path}")
+    if args.figure and args.sweep:
+        draw_sweep(records, args.sweep, args.figure)
+        print(f"wrote {args.figure}")
+    elif args.figure:
         found, rows = dataset_of(saved, args.root), scores(args.runs[0], args.split, device, args.root)
         names = [run.name for run in args.runs]
         names = names if len(set(names)) == len(names) else map(str, args.runs)

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from test_layouts import as_pair
 from test_train import CPU
 from test_train import run as train_run
@@ -197,8 +198,8 @@ def test_table_over_runs_has_a_line_per_setting_with_mean_and_spread_over_seeds(
     assert call(monkeypatch, runs / "a1", runs / "a2", runs / "b1", "--csv", tmp_path / "t.csv", "--figure", tmp_path / "t.png") == 0
     said = capsys.readouterr().out
     lines = list(csv.reader(open(tmp_path / "t.csv")))
-    assert lines[0] == ["eps", "foundation model", "seeds", "Dice", "Jaccard", "HD95 (voxels)", "ASD (voxels)", "empty predictions",
-                        "p against the first"]  # fmt: skip
+    assert lines[0] == ["eps", "foundation model", "seeds", "Dice", "Jaccard", "HD95 (voxels)", "ASD (voxels)", "codewords in use",
+                        "empty predictions", "p against the first"]  # fmt: skip
     assert [line.strip("| ").split(" | ") for line in said.splitlines()[:1] + said.splitlines()[2:4]] == lines
 
     def dice(name):
@@ -222,7 +223,7 @@ def test_p_in_the_table_is_paired_by_seed(runs, tmp_path):
         torch.save(saved | {"settings": settings}, folders[name, seed] / "best.pt")
         evaluate.write_csv(folders[name, seed] / "val.csv", [evaluate.Row("c", "one", d, 0, 1, 1, False)])
     order = [("x", 3), ("y", 2), ("x", 1), ("y", 4), ("x", 4), ("y", 1), ("x", 2), ("y", 3)]
-    head, lines = evaluate.compare([folders[key] for key in order], "val", CPU)
+    head, lines = evaluate.compare([evaluate.record_of(folders[key], "val", CPU) for key in order])
     d = np.array([0.1, 0.05, 0.12, 0.01])
     t = d.mean() / (d.std(ddof=1) / 2)
     theta = math.atan(t / math.sqrt(3))
@@ -230,7 +231,49 @@ def test_p_in_the_table_is_paired_by_seed(runs, tmp_path):
     assert [line[head.index("seeds")] for line in lines] == ["1 2 3 4", "1 2 3 4"]
     assert lines[1][-1] == f"{expected:.4f}" and lines[0][-1] == "-"
     with pytest.raises(BadInput, match="has the settings and the seed of"):
-        evaluate.compare([folders["x", 1], folders["x", 2], folders["x", 1]], "val", CPU)
+        evaluate.compare([evaluate.record_of(folders["x", seed], "val", CPU) for seed in (1, 2, 1)])
+
+
+def test_records_give_the_table_and_the_figure_again_when_the_runs_are_gone(runs, tmp_path, monkeypatch, capsys):
+    for name in ("a1", "a2", "b1"):
+        shutil.copytree(runs / name, tmp_path / name)
+    mine, records = [tmp_path / name for name in ("a1", "a2", "b1")], tmp_path / "records.csv"
+    assert call(monkeypatch, *mine, "--csv", tmp_path / "t.csv", "--records", records) == 0
+    table = capsys.readouterr().out.splitlines()[:4]
+    for run in mine:
+        shutil.rmtree(run)
+    assert call(monkeypatch, records, "--sweep", "eps", "--figure", tmp_path / "eps.png") == 0
+    assert capsys.readouterr().out.splitlines()[:4] == table and not (tmp_path / "comparison.csv").exists()
+    assert (tmp_path / "eps.png").read_bytes().startswith(b"\x89PNG")
+    lines = list(csv.DictReader(open(records)))
+    assert [(line["run"], line["seed"]) for line in lines] == [("a1", "1"), ("a2", "2"), ("b1", "1")]
+    assert json.loads(lines[2]["settings"])["eps"] == 0.3 and "val_dice" in json.loads(lines[0]["log"])[-1]
+    assert lines[0]["commit"] == json.loads((runs / "a1" / "record.json").read_text())["commit"]
+    assert call(monkeypatch, records, "--sweep", "lr", "--figure", tmp_path / "lr.png") == 2
+    assert "--sweep lr: the runs do not differ in it, but in eps" in capsys.readouterr().err
+    assert call(monkeypatch, records, "--records", records) == 2 and "is there already" in capsys.readouterr().err
+    records.write_text("run,seed\na1,x\n")
+    assert call(monkeypatch, records) == 2
+    said = capsys.readouterr().err
+    assert "records.csv: cannot be read as records of runs" in said and said.count("\n") == 1
+
+
+def test_a_sweep_has_the_mean_and_the_spread_over_seeds_at_each_place(tmp_path, monkeypatch):
+    """T goes up to inf, and places are equally far apart; curves are told apart by the other settings."""
+    drawn, original = [], Axes.errorbar
+
+    def errorbar(self, x, y, spread, label, **how):
+        drawn.append((label, x, y, spread))
+        return original(self, x, y, spread, label=label, **how)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    blank = evaluate.Record("r", "c", 0, "none", 0, 0, 0, 0, 0, 1, 1, 1, "", "[]")
+    points = [("qpm", 1.0, 1, 0.5), ("qpm", math.inf, 1, 0.7), ("qpm", 1.0, 2, 0.7), ("dropout", 1.0, 1, 0.4)]
+    records = [blank._replace(run=str(k), seed=seed, dice=d, settings=json.dumps({"perturb": how, "temperature": T}))
+               for k, (how, T, seed, d) in enumerate(points)]  # fmt: skip
+    evaluate.draw_sweep(records, "temperature", tmp_path / "t.png")
+    assert drawn == [("perturb qpm", [0, 1], pytest.approx([0.6, 0.7]), pytest.approx([0.02**0.5, 0])),
+                     ("perturb dropout", [0], [0.4], [0])]  # fmt: skip
 
 
 def test_scores_that_are_missing_are_made_and_broken_ones_refused(runs, tmp_path):
