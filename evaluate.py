@@ -376,7 +376,8 @@ def by_settings(records: list[Record]) -> list[tuple[dict, list[Record]]]:
             raise BadInput(f"{record.run}: has the settings and the seed of {seeds[record.seed].run}; leave one of the two out")
         seeds[record.seed] = record
     settings = [json.loads(key) for key in groups]
-    differ = [name for name in settings[0] if len({json.dumps(s.get(name)) for s in settings}) > 1]
+    names = dict.fromkeys(name for s in settings for name in s)  # an older run lacks the newest
+    differ = [name for name in names if len({json.dumps(s.get(name)) for s in settings}) > 1]
     return [({name: s.get(name) for name in differ}, [seeds[k] for k in sorted(seeds)]) for s, seeds in zip(settings, groups.values())]
 
 
@@ -400,7 +401,10 @@ def compare(records: list[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def draw_sweep(records: list[Record], name: str, path: Path) -> None:
-    """Dice against the setting `name`, a curve for each other setting; and the codewords in use over training, of the first curve."""
+    """Dice against the setting `name`, a curve for each other setting; and the codewords in use over training, of the first curve.
+
+    What was run at one place only, as without any perturbation, is a line across: something to compare the curves with.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -415,11 +419,15 @@ def draw_sweep(records: list[Record], name: str, path: Path) -> None:
         others = ", ".join(f"{k} {v}" for k, v in differ.items() if k != name) or "Dice"
         curves.setdefault(others, {})[differ[name]] = group
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    for label, curve in curves.items():
-        x = sorted(curve)
+    for number, (label, curve) in enumerate(curves.items()):
+        x, color = sorted(curve), f"C{number}"
         dices = [[r.dice for r in curve[value]] for value in x]
-        spread = [np.std(some, ddof=1) if len(some) > 1 else 0 for some in dices]
-        left.errorbar([places.index(value) for value in x], [np.mean(some) for some in dices], spread, marker="o", capsize=3, label=label)
+        middle, spread = [np.mean(some) for some in dices], [np.std(some, ddof=1) if len(some) > 1 else 0 for some in dices]
+        if len(x) == 1:
+            left.axhline(middle[0], color=color, linestyle="--", label=label)
+            left.axhspan(middle[0] - spread[0], middle[0] + spread[0], color=color, alpha=0.15, linewidth=0)
+        else:
+            left.errorbar([places.index(value) for value in x], middle, spread, color=color, marker="o", capsize=3, label=label)
     left.set(xticks=range(len(places)), xticklabels=[f"{value:g}" for value in places], xlabel=name)
     left.set_title("Dice, mean and standard deviation over seeds", fontsize=10)
     left.legend(fontsize=8)

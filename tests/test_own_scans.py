@@ -260,20 +260,16 @@ def test_records_give_the_table_and_the_figure_again_when_the_runs_are_gone(runs
 
 def test_a_sweep_has_the_mean_and_the_spread_over_seeds_at_each_place(tmp_path, monkeypatch):
     """T goes up to inf, and places are equally far apart; curves are told apart by the other settings."""
-    drawn, original = [], Axes.errorbar
-
-    def errorbar(self, x, y, spread, label, **how):
-        drawn.append((label, x, y, spread))
-        return original(self, x, y, spread, label=label, **how)
-
-    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    drawn = []
+    curve, line = Axes.errorbar, Axes.axhline
+    monkeypatch.setattr(Axes, "errorbar", lambda self, *p, **how: drawn.append((how["label"], *p)) or curve(self, *p, **how))
+    monkeypatch.setattr(Axes, "axhline", lambda self, *p, **how: drawn.append((how["label"], *p)) or line(self, *p, **how))
     blank = evaluate.Record("r", "c", 0, "none", 0, 0, 0, 0, 0, 1, 1, 1, "", "[]")
-    points = [("qpm", 1.0, 1, 0.5), ("qpm", math.inf, 1, 0.7), ("qpm", 1.0, 2, 0.7), ("dropout", 1.0, 1, 0.4)]
+    points = [("qpm", 1.0, 1, 0.5), ("qpm", math.inf, 1, 0.7), ("qpm", 1.0, 2, 0.7), ("none", 1.0, 1, 0.4)]
     records = [blank._replace(run=str(k), seed=seed, dice=d, settings=json.dumps({"perturb": how, "temperature": T}))
                for k, (how, T, seed, d) in enumerate(points)]  # fmt: skip
     evaluate.draw_sweep(records, "temperature", tmp_path / "t.png")
-    assert drawn == [("perturb qpm", [0, 1], pytest.approx([0.6, 0.7]), pytest.approx([0.02**0.5, 0])),
-                     ("perturb dropout", [0], [0.4], [0])]  # fmt: skip
+    assert drawn == [("perturb qpm", [0, 1], pytest.approx([0.6, 0.7]), pytest.approx([0.02**0.5, 0])), ("perturb none", 0.4)]
 
 
 def test_scores_that_are_missing_are_made_and_broken_ones_refused(runs, tmp_path):
