@@ -401,7 +401,7 @@ def compare(records: list[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def draw_sweep(records: list[Record], name: str, path: Path) -> None:
-    """Dice against the setting `name`, a curve for each other setting; and the codewords in use over training, of the first curve.
+    """Dice against the setting `name`, a curve for each other setting; and the codewords in use over training, of the longest.
 
     What was run at one place only, as without any perturbation, is a line across: something to compare the curves with.
     """
@@ -431,7 +431,7 @@ def draw_sweep(records: list[Record], name: str, path: Path) -> None:
     left.set(xticks=range(len(places)), xticklabels=[f"{value:g}" for value in places], xlabel=name)
     left.set_title("Dice, mean and standard deviation over seeds", fontsize=10)
     left.legend(fontsize=8)
-    label, curve = next(iter(curves.items()))
+    label, curve = max(curves.items(), key=lambda item: len(item[1]))  # the first of those with the most places
     for value in sorted(curve):
         log = json.loads(curve[value][0].log)
         log = [line for line in log if "utilization" in line]

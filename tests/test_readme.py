@@ -1,13 +1,16 @@
 """The README keeps its word: every equation has a function and a test that exist, and every figure comes from its command."""
 
+import csv
 import importlib
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_train
 
+import evaluate
 import losses
 import model
 import qpm
@@ -54,3 +57,40 @@ def test_figures_come_out_of_a_run_and_a_folder_without_one_is_refused(phantom_c
             module.main()
         message = capsys.readouterr().err
         assert stop.value.code == 2 and message.count("\n") == 1 and str(tmp_path) in message
+
+
+def dice_of_study() -> dict[str, np.ndarray]:
+    """Row of the study -> Dice of its three seeds, from the lines of results/*.csv."""
+    dice: dict[str, dict[str, float]] = {}
+    for path in (ROOT / "results").iterdir():
+        for line in csv.DictReader(open(path)):
+            name, seed = line["run"].rsplit("-", 1)
+            assert line["seed"] == seed and dice.setdefault(name, {}).setdefault(seed, float(line["dice"])) == float(line["dice"])
+    assert all(sorted(seeds) == ["1", "2", "3"] for seeds in dice.values())
+    return {name: np.array([seeds[seed] for seed in "123"]) for name, seeds in dice.items()}
+
+
+def test_rows_of_the_study_are_those_of_its_records():
+    """Mean, standard deviation, and the t-test in its closed form for three pairs."""
+    dice, first, checked = dice_of_study(), None, 0
+    for line in README.splitlines():
+        match = re.fullmatch(r"\| .*? \| `(\S+)` \| (\S+) \+- (\S+) \| (\S+) \|", line)
+        if not match:
+            first = None  # of the table
+            continue
+        name, middle, spread, p = match.groups()
+        first = name if first is None else first
+        assert (middle, spread) == (f"{dice[name].mean():.3f}", f"{dice[name].std(ddof=1):.3f}"), name
+        difference = dice[name] - dice[first]
+        t = abs(difference.mean()) / (difference.std(ddof=1) / 3**0.5) if name != first else 0
+        assert p == ("-" if name == first else f"{1 - t / (t**2 + 2) ** 0.5:.2f}"), name
+        checked += 1
+    assert checked >= 6
+
+
+def test_effects_of_the_study_are_those_of_its_records():
+    dice, effects = dice_of_study(), re.findall(r"\(`([\w. ]+)`, not `([\w. ]+)`\): ([+-]0\.\d{3}), p (0\.\d\d)", README)
+    assert len(effects) >= 3
+    for more, less, effect, p in effects:
+        a, b = (np.concatenate([dice[name] for name in names.split()]) for names in (more, less))
+        assert (effect, p) == (f"{(a - b).mean():+.3f}", f"{evaluate.t_test(a, b):.2f}"), more
