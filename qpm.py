@@ -16,7 +16,8 @@ the time of `perturb` for 2048 of 16384 codewords on a CPU (`python tests/bench.
 Beyond the paper, which calls eps the single control: eps says how often a token moves, the scale of d how far. Divide d by
 T and the choice narrows from all K-1 codewords (T large) to the nearest one (T small). eps is the single control only where
 T is so large that the distance no longer matters, and there Eq. 4 is uniform replacement. That is where T = 1 stands with
-codewords of unit length in 32 dimensions, trained or not: lower row of the figure.
+codewords of unit length in 32 dimensions, trained or not: lower row of the figure. And in training that is the end that helps:
+on ACDC, T = 0.03 is worth no more than no perturbation, T = inf as much as T = 1 (README, "What held and what did not").
 
 Run `python qpm.py [RUN]` for Figure 3's example, Eq. 1 against Eq. 6, and that scale, in figures/qpm.png.
 """
