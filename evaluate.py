@@ -362,7 +362,10 @@ def read_records(path: Path) -> list[Record]:
     kinds = Record.__annotations__
     try:
         with open(path, newline="") as file:
-            return [Record(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+            records = [Record(**{name: kinds[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]
+        if not records:
+            raise ValueError("no lines")
+        return records
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise BadInput(f"{path}: cannot be read as records of runs ({data.first_line(error)}); give what --records wrote") from None
 
@@ -413,6 +416,8 @@ def draw_sweep(records: list[Record], name: str, path: Path) -> None:
     groups = by_settings(records)
     if name not in groups[0][0]:
         raise BadInput(f"--sweep {name}: the runs do not differ in it, but in {', '.join(groups[0][0]) or 'nothing'}; name one of these")
+    if not all(isinstance(differ[name], int | float) for differ, _ in groups):
+        raise BadInput(f"--sweep {name}: is no number; name a setting that is")
     places = sorted({differ[name] for differ, _ in groups})  # side by side, at equal distances: T goes up to inf, K by factors of 4
     curves: dict[str, dict] = {}
     for differ, group in groups:
@@ -630,6 +635,8 @@ def main_compare(args: argparse.Namespace, device: torch.device) -> None:
     for flag, path in (("--csv", args.csv), ("--records", args.records)):
         if path and path.exists():
             raise BadInput(f"{flag} {path}: is there already and is not written over; remove it or give another name")
+    if args.sweep and not args.figure:
+        raise BadInput(f"--sweep {args.sweep}: draws a figure; say where it goes with --figure FILE")
     if args.figure and not args.sweep:  # before the hours that scoring may take
         models, saved = load_alike(args.runs, device)
     records = [record_of(run, args.split, device, args.root) for run in folders]
@@ -658,6 +665,8 @@ def main_compare(args: argparse.Namespace, device: torch.device) -> None:
 
 def main_score(args: argparse.Namespace, device: torch.device) -> None:
     run = args.runs[0]
+    if args.records or args.sweep:
+        raise BadInput("--records and --sweep: are for several runs; give more, or leave them out")
     model, saved = load(run, device)
     s = saved["settings"]
     found = dataset_of(saved, args.root)

@@ -251,11 +251,18 @@ def test_records_give_the_table_and_the_figure_again_when_the_runs_are_gone(runs
     assert lines[0]["commit"] == json.loads((runs / "a1" / "record.json").read_text())["commit"]
     assert call(monkeypatch, records, "--sweep", "lr", "--figure", tmp_path / "lr.png") == 2
     assert "--sweep lr: the runs do not differ in it, but in eps" in capsys.readouterr().err
+    assert call(monkeypatch, records, "--sweep", "eps") == 2 and "--figure FILE" in capsys.readouterr().err
+    assert call(monkeypatch, runs / "a1", "--sweep", "eps") == 2 and "are for several runs" in capsys.readouterr().err
+    words = evaluate.read_records(records)
+    words[2] = words[2]._replace(settings=json.dumps(json.loads(words[2].settings) | {"perturb": "dropout"}))
+    with pytest.raises(BadInput, match="--sweep perturb: is no number"):
+        evaluate.draw_sweep(words, "perturb", tmp_path / "p.png")
     assert call(monkeypatch, records, "--records", records) == 2 and "is there already" in capsys.readouterr().err
-    records.write_text("run,seed\na1,x\n")
-    assert call(monkeypatch, records) == 2
-    said = capsys.readouterr().err
-    assert "records.csv: cannot be read as records of runs" in said and said.count("\n") == 1
+    for text in ("run,seed\na1,x\n", ""):
+        records.write_text(text)
+        assert call(monkeypatch, records) == 2
+        said = capsys.readouterr().err
+        assert "records.csv: cannot be read as records of runs" in said and said.count("\n") == 1
 
 
 def test_a_sweep_has_the_mean_and_the_spread_over_seeds_at_each_place(tmp_path, monkeypatch):
