@@ -478,6 +478,11 @@ def view_size(name: str, view: int) -> int:
     return view
 
 
+def pieces_that_count(name: str, pieces: str) -> str:
+    """Of a class in a prediction: `largest` connected piece, for each class is one in a heart, or `all`, for lesions may be many."""
+    return pieces or ("largest" if name in ("phantom", "acdc") else "all")
+
+
 def seeded_split(root: Path, masked: list[str], seed: int) -> dict[str, list[str]]:
     """70/10/20 of the patients that have masks, shuffled."""
     if len(masked) < 2:

@@ -63,6 +63,8 @@ class Settings:
     classes: int = option(0, "classes of the masks, with the background; needed for a folder of your own", low=0, high=256)
     window: str = option("", "intensities that become 0 and 1, like --window=-1000,400, the default of lc; empty = each volume's extremes")
     view: int = option(0, "pixels of 240, around the center, that evaluation sees; 0 = 160 for phantom and acdc, else all", low=0, high=240)
+    pieces: str = option("", "of each class in a predicted volume: all, or its largest connected piece, for each is one in a heart; empty "
+                         "= largest for phantom and acdc, else all", ["", "largest", "all"])  # fmt: skip
     split_seed: int = option(0, "shuffles the patients of lc and of your own folder into 70/10/20; ROOT/split.txt goes before it", low=0)
     # how long, where
     minutes: float = option(0.0, "wall-clock budget; 0 = 3 for phantom, 30 for acdc", low=0, high=10**6)
@@ -302,8 +304,8 @@ def finish(s: Settings, run: Path, labels: list[str], labelled: Slices, unlabell
            at: Place) -> None:
     """The table and the picture of the best teacher, and how much of the codebook the training slices use: all in float32."""
     model, saved = evaluate.load(run, device)
-    rows = evaluate.evaluate([model], val_cases, labels, device, s.view)
-    evaluate.write_csv(run / "val.csv", rows)
+    rows = evaluate.evaluate([model], val_cases, labels, device, s.view, one_piece=evaluate.one_piece(saved))
+    evaluate.write_scores(run, "val", rows, saved)
     result = {"val_dice": evaluate.mean_dice(rows), "best_step": saved["step"], "steps": at.step}
     result |= {"minutes": round(at.seconds / 60, 2), "fm": saved["fm"]}
     print(f"\n{run}: teacher of step {saved['step']} of {at.step}, best on validation; {at.seconds / 60:.1f} minutes; "
@@ -313,7 +315,7 @@ def finish(s: Settings, run: Path, labels: list[str], labelled: Slices, unlabell
         result |= {"utilization": used.utilization, "perplexity": used.perplexity}
         print(f"codebook over all training slices: {used.utilization:.1%} of {s.codebook_size} in use, perplexity {used.perplexity:.0f}")
     print(evaluate.table(rows))
-    evaluate.draw({"prediction": model}, val_cases, rows, labels, device, s.view, run / "predictions.png")
+    evaluate.draw({"prediction": model}, val_cases, rows, labels, device, s.view, evaluate.one_piece(saved), run / "predictions.png")
     (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {run}/val.csv, predictions.png, result.json, log.jsonl, best.pt, last.pt")
 
@@ -506,7 +508,7 @@ def generators(device: torch.device, seed: int, step: int) -> tuple[torch.Genera
 def read_data(s: Settings, say) -> tuple[data.DataSet, Slices, Slices, list[Case]]:
     """The data set, its labelled and unlabelled training slices, its validation volumes; settings that depend on it are filled in."""
     found = data.open_dataset(s.data, s.root, s.classes, s.window, s.view, s.split_seed)
-    s.classes = len(found.labels)
+    s.classes, s.pieces = len(found.labels), data.pieces_that_count(s.data, s.pieces)
     s.labeled, labelled_cases, unlabelled_cases = found.training(s.labeled)
     val_cases = found.with_masks("val")
     say(found.summary())

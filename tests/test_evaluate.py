@@ -96,6 +96,52 @@ def test_prediction_is_the_mean_probability_of_the_views_each_turned_back():
     assert votes[0, 50, 50] == 0  # 1.00, 0.12, 0.12: mean 0.41
 
 
+def pieces(mask):
+    """Flood fill, voxel by voxel."""
+    left, found = set(map(tuple, np.argwhere(mask).tolist())), []
+    while left:
+        edge = [left.pop()]
+        piece = set(edge)
+        while edge:
+            z, y, x = edge.pop()
+            for n in ((z + 1, y, x), (z - 1, y, x), (z, y + 1, x), (z, y - 1, x), (z, y, x + 1), (z, y, x - 1)):
+                if n in left:
+                    left.remove(n)
+                    piece.add(n)
+                    edge.append(n)
+        found.append(piece)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_largest_piece_equals_a_flood_fill(seed):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((5, 9, 8)) < rng.uniform(0.2, 0.6)
+    found, kept = pieces(mask), set(map(tuple, np.argwhere(ev.largest_piece(mask)).tolist()))
+    assert len(found) > 1 and kept in found and len(kept) == max(map(len, found))
+
+
+def test_largest_piece_of_a_spiral_is_all_of_it_and_of_nothing_nothing():
+    spiral = np.zeros((1, 9, 9), bool)
+    spiral[0, 0, :] = spiral[0, :, 8] = spiral[0, 8, :] = spiral[0, 2:, 0] = spiral[0, 2, :7] = spiral[0, 2:7, 6] = spiral[0, 6, 2:7] = True
+    assert np.array_equal(ev.largest_piece(spiral), spiral) and not ev.largest_piece(np.zeros((2, 3, 4), bool)).any()
+
+
+def test_with_one_piece_a_prediction_loses_the_smaller_pieces_of_each_class_and_nothing_else():
+    volume = np.zeros((4, 240, 240), np.float32)  # as the grid, so that nothing is resampled
+    volume[:, 100:130, 100:130], volume[1:3, 110:120, 110:120] = 1.0, 2.0  # class 1, and class 2 within
+    alone = np.zeros(volume.shape, bool)
+    alone[0, 150:155, 100:110] = alone[3, 60:64, 60:64] = True
+    volume[alone] = 1.0
+    volume[3, 112:116, 112:116] = 2.0  # touches its slice below by faces: stays
+    volume[0, 90:92, 90:92] = 2.0  # not so
+    alone |= (np.arange(4) == 0)[:, None, None] & (volume == 2)
+    model = lambda x: 50 * torch.cat([0.5 - x, 0.25 - (x - 1).abs(), x - 1.5], 1)  # noqa: E731
+    slabs = lambda: iter([volume[:1], volume[1:]])  # noqa: E731, a piece may reach from slab to slab
+    every, one = (ev.predict([model], slabs(), torch.device("cpu"), views=ev.ONE_VIEW, one_piece=only) for only in (False, True))
+    assert np.array_equal(every, volume) and np.array_equal(one, np.where(alone, 0, volume))
+
+
 def test_mean_is_over_volumes_then_classes_and_leaves_out_what_is_nowhere():
     row = lambda case, label, d: ev.Row(case, label, d, 0, 0, 0, False)  # noqa: E731
     rows = [row("a", "x", 1.0), row("b", "x", 0.0), row("a", "y", 1.0), row("b", "y", float("nan"))]

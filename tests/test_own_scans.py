@@ -221,7 +221,7 @@ def test_p_in_the_table_is_paired_by_seed(runs, tmp_path):
         folders[name, seed].mkdir()
         settings = saved["settings"] | {"seed": seed, "eps": 0.1 if name == "x" else 0.2, "out": str(folders[name, seed])}
         torch.save(saved | {"settings": settings}, folders[name, seed] / "best.pt")
-        evaluate.write_csv(folders[name, seed] / "val.csv", [evaluate.Row("c", "one", d, 0, 1, 1, False)])
+        evaluate.write_scores(folders[name, seed], "val", [evaluate.Row("c", "one", d, 0, 1, 1, False)], saved)
     order = [("x", 3), ("y", 2), ("x", 1), ("y", 4), ("x", 4), ("y", 1), ("x", 2), ("y", 3)]
     head, lines = evaluate.compare([evaluate.record_of(folders[key], "val", CPU) for key in order])
     d = np.array([0.1, 0.05, 0.12, 0.01])
@@ -375,6 +375,32 @@ def test_scores_of_an_earlier_checkpoint_are_made_again(runs, tmp_path):
     assert [row.dice for row in evaluate.scores(run, "test", CPU)] == pytest.approx([row.dice for row in fresh], abs=1e-12)
 
 
+def test_pieces_are_those_of_the_run_unless_the_command_says_otherwise(runs, tmp_path, monkeypatch, capsys):
+    run = copied(runs / "a1", tmp_path / "run")
+    saved = torch.load(run / "best.pt", weights_only=True)
+    assert saved["settings"]["pieces"] == "all" and not evaluate.one_piece(saved)  # a folder of one's own may hold lesions
+    for name, expected in (("acdc", True), ("phantom", True), ("lc", False), (str(tmp_path), False)):
+        settings = saved["settings"] | {"data": name, "pieces": ""}
+        assert evaluate.one_piece({"settings": settings}) == expected
+        del settings["pieces"]  # a run from before this setting
+        assert evaluate.one_piece({"settings": settings}) == expected
+    every = evaluate.scores(run, "val", CPU)
+    assert call(monkeypatch, run, "--pieces", "largest") == 0
+    said = capsys.readouterr().out
+    torch.save(saved | {"settings": saved["settings"] | {"pieces": "largest"}}, run / "best.pt")
+    one = evaluate.scores(run, "val", CPU)  # made again, for those that are there counted all
+    assert one != every and evaluate.table(one) in said
+    scan, out = runs / "scan.nii.gz", tmp_path / "seg.nii.gz"
+    nib.save(nib.load(evaluate.dataset_of(saved).with_masks("val")[0].images[0]), scan)
+    for pieces, file in (("all", tmp_path / "all.nii.gz"), ("", out)):
+        assert call(monkeypatch, run, "--predict", scan, "--out", file, *(["--pieces", pieces] if pieces else [])) == 0
+    every, one = (np.asarray(nib.load(file).dataobj) for file in (tmp_path / "all.nii.gz", out))
+    assert not np.array_equal(every, one)
+    for k in (1, 2, 3):
+        assert np.array_equal(one == k, evaluate.largest_piece((every == k).transpose(2, 1, 0)).transpose(2, 1, 0))
+    assert call(monkeypatch, run, runs / "b1", "--pieces", "all", "--csv", tmp_path / "t.csv") == 2
+
+
 def test_a_table_is_never_written_over_a_file_that_the_user_names(runs, tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.csv").write_text("precious")
     assert call(monkeypatch, runs / "a1", runs / "b1", "--csv", tmp_path / "mine.csv") == 2
@@ -417,5 +443,5 @@ def test_volumes_without_any_class_are_not_drawn_as_best_or_worst(tmp_path, monk
     drawn = []
     monkeypatch.setattr(data, "read_image", lambda case: drawn.append(case.name) or (np.zeros((3, 16, 16), np.float32), (1, 1, 1)))
     monkeypatch.setattr(data, "read_mask", lambda case, classes: np.zeros((3, 16, 16), np.uint8))
-    evaluate.draw({}, cases, rows, ["background", "lesion"], CPU, 240, tmp_path / "a.png")
+    evaluate.draw({}, cases, rows, ["background", "lesion"], CPU, 240, False, tmp_path / "a.png")
     assert drawn == ["good", "bad", "bad"] and not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

@@ -157,13 +157,14 @@ def test_a_short_run_writes_its_record_and_evaluate_reads_it(phantom_copy, tmp_p
     drawn, best = torch.load(out / "codebooks.pt", weights_only=True), torch.load(out / "best.pt", weights_only=True)
     assert drawn[0]["step"] == 0 and drawn[-1]["step"] == best["step"]
     written = {p.name for p in out.iterdir()}
-    assert written == {"record.json", "log.jsonl", "best.pt", "last.pt", "val.csv", "predictions.png", "result.json", "codebooks.pt"}
+    assert written == {"record.json", "log.jsonl", "best.pt", "last.pt", "val.csv", "val.json", "predictions.png", "result.json",
+                       "codebooks.pt"}  # fmt: skip
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "loss" in line][-1]
     assert {"seg_l", "rec_l", "seg_u", "rec_u", "align", "vq", "kept", "utilization", "perplexity", "steps_per_s"} <= set(losses)
     assert last["place"]["step"] == 5 and max(line.get("val_dice", 0) for line in lines) == pytest.approx(last["place"]["best"], abs=1e-5)
     cases = data.open_dataset("phantom", str(phantom_copy)).with_masks("val")
-    rows = evaluate.evaluate([evaluate.load(out, CPU)[0]], cases, data.CLASSES, CPU)
+    rows = evaluate.evaluate([evaluate.load(out, CPU)[0]], cases, data.CLASSES, CPU, one_piece=True)
     assert evaluate.mean_dice(rows) == pytest.approx(json.loads((out / "result.json").read_text())["val_dice"], abs=1e-6)
     assert "empty predictions" in capsys.readouterr().out
 
@@ -177,6 +178,7 @@ def test_evaluation_with_qpm_perturbs_the_tokens_and_writes_no_scores(phantom_co
         drawn = qpm.perturb(model.quantizer(z).indices, model.quantizer.codebook, 0.9, 0.5, torch.Generator().manual_seed(0))
         expected = model.segmentation_decoder(model.quantizer.indices_to_codes(drawn), skips)
         assert torch.allclose(evaluate.perturbed(model, 0.9, 0.5, CPU)(x), expected, atol=1e-5)
+    (out / "val.json").unlink()
     before = (out / "val.csv").stat().st_mtime_ns
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), "--eps", "1", "--figure", str(tmp_path / "perturbed.png")])
     evaluate.main()
