@@ -406,11 +406,13 @@ def by_settings(records: list[Record]) -> list[tuple[dict, list[Record]]]:
     """Runs that differ in nothing but their seed, together; with each group those of its settings in which groups differ."""
     groups: dict[str, dict[int, Record]] = {}
     for record in records:
-        seeds = groups.setdefault(json.dumps(json.loads(record.settings) | {"model": record.fm}), {})
+        key = json.dumps(json.loads(record.settings) | {"model": record.fm}, sort_keys=True)  # an older run has another order
+        seeds = groups.setdefault(key, {})
         if record.seed in seeds:
             raise BadInput(f"{record.run}: has the settings and the seed of {seeds[record.seed].run}; leave one of the two out")
         seeds[record.seed] = record
-    settings = [json.loads(key) for key in groups]
+    firsts = [next(iter(seeds.values())) for seeds in groups.values()]
+    settings = [json.loads(first.settings) | {"model": first.fm} for first in firsts]
     names = dict.fromkeys(name for s in settings for name in s)  # an older run lacks the newest
     differ = [name for name in names if len({json.dumps(s.get(name)) for s in settings}) > 1]
     return [({name: s.get(name) for name in differ}, [seeds[k] for k in sorted(seeds)]) for s, seeds in zip(settings, groups.values())]

@@ -84,7 +84,7 @@ class Settings:
     temperature: float = option(1.0, "T, divides the distance in Eq. 4; inf = uniform replacement")
     codebook_size: int = option(1024, "K (the paper: 16384 with DINOv2)", low=2, high=2**20)
     lambda_u: float = option(1.0, "Eq. 10: weight of the unlabelled loss; 0 switches it off", low=0)
-    # With ImageNet features (EfficientNet-lite0) on 7 ACDC patients, 0.1 is worth 0.016 validation Dice over six pairs of runs (README,
+    # With ImageNet features (EfficientNet-lite0) on 7 ACDC patients, 0.1 is worth 0.015 validation Dice over six pairs of runs (README,
     # Table 2). The paper's 5 did worse in the one run that tried it: 0.686 after 1500 steps at full width, against 0.744 for 1.
     lambda_a: float = option(0.1, "Eq. 12: weight of the alignment (the paper: 5)", low=0)
     lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 switches the image branch off", low=0)

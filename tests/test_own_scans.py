@@ -272,6 +272,8 @@ def test_a_sweep_has_the_mean_and_the_spread_over_seeds_at_each_place(tmp_path, 
     monkeypatch.setattr(Axes, "errorbar", lambda self, *p, **how: drawn.append((how["label"], *p)) or curve(self, *p, **how))
     monkeypatch.setattr(Axes, "axhline", lambda self, *p, **how: drawn.append((how["label"], *p)) or line(self, *p, **how))
     blank = evaluate.Record("r", "c", 0, "none", 0, 0, 0, 0, 0, 1, 1, 1, "", "[]")
+    two = [blank._replace(seed=k, settings=json.dumps({a: 1, b: 1})) for k, (a, b) in enumerate(("xy", "yx"))]
+    assert [len(group) for _, group in evaluate.by_settings(two)] == [2]  # the order of the settings says nothing
     points = [("qpm", 1.0, 1, 0.5), ("qpm", math.inf, 1, 0.7), ("qpm", 1.0, 2, 0.7), ("none", 1.0, 1, 0.4)]
     records = [blank._replace(run=str(k), seed=seed, dice=d, settings=json.dumps({"perturb": how, "temperature": T}))
                for k, (how, T, seed, d) in enumerate(points)]  # fmt: skip

@@ -59,37 +59,65 @@ def test_figures_come_out_of_a_run_and_a_folder_without_one_is_refused(phantom_c
         assert stop.value.code == 2 and message.count("\n") == 1 and str(tmp_path) in message
 
 
-def dice_of_study() -> dict[str, np.ndarray]:
-    """Row of the study -> Dice of its three seeds, from the lines of results/*.csv."""
-    dice: dict[str, dict[str, float]] = {}
+def study(column: str = "dice") -> dict[str, np.ndarray]:
+    """Row of the study -> this column of its three seeds, from the lines of results/*.csv."""
+    found: dict[str, dict[str, float]] = {}
     for path in (ROOT / "results").iterdir():
         for line in csv.DictReader(open(path)):
             name, seed = line["run"].rsplit("-", 1)
-            assert line["seed"] == seed and dice.setdefault(name, {}).setdefault(seed, float(line["dice"])) == float(line["dice"])
-    assert all(sorted(seeds) == ["1", "2", "3"] for seeds in dice.values())
-    return {name: np.array([seeds[seed] for seed in "123"]) for name, seeds in dice.items()}
+            value = float(line[column])
+            assert line["seed"] == seed and found.setdefault(name, {}).setdefault(seed, value) in (value, pytest.approx(value, nan_ok=True))
+    assert all(sorted(seeds) == ["1", "2", "3"] for seeds in found.values())
+    return {name: np.array([seeds[seed] for seed in "123"]) for name, seeds in found.items()}
 
 
-def test_rows_of_the_study_are_those_of_its_records():
-    """Mean, standard deviation, and the t-test in its closed form for three pairs."""
-    dice, first, checked = dice_of_study(), None, 0
+def cells(values: np.ndarray, first: np.ndarray) -> list[str]:
+    """Mean +- standard deviation, and p of the t-test in its closed form for three pairs."""
+    difference = values - first
+    if not difference.any():
+        return [f"{values.mean():.3f} +- {values.std(ddof=1):.3f}", "-"]
+    t = abs(difference.mean()) / (difference.std(ddof=1) / 3**0.5)
+    return [f"{values.mean():.3f} +- {values.std(ddof=1):.3f}", f"{1 - t / (t**2 + 2) ** 0.5:.2f}"]
+
+
+def tables() -> list[list[list[str]]]:
+    """Every table of the README as its lines of cells, without the rule below the head."""
+    found: list[list[list[str]]] = [[]]
     for line in README.splitlines():
-        match = re.fullmatch(r"\| .*? \| `(\S+)` \| (\S+) \+- (\S+) \| (\S+) \|", line)
-        if not match:
-            first = None  # of the table
+        if line.startswith("| "):
+            found[-1].append(line.strip("| ").split(" | "))
+        elif found[-1]:
+            found.append([])
+    return [[table[0], *table[2:]] for table in found if table]
+
+
+def test_tables_of_the_study_are_those_of_its_records():
+    dice, in_use, checked = study(), study("utilization"), set()
+    for head, *lines in tables():
+        if head[1:4] == ["run", "Dice", "p"]:  # p is against the first line
+            names = [line[1].strip("`") for line in lines]
+            for name, line in zip(names, lines):
+                share = [f"{in_use[name].mean():.0%}"] if head[4:] == ["in use"] else []
+                assert line[2:] == cells(dice[name], dice[names[0]]) + share, name
+        elif head == ["eps", "QPM", "p", "shuffle", "p", "dropout", "p"]:  # p is against no perturbation
+            names = [f"{kind}{eps}" for eps, *_ in lines for kind in ("qpm", "shuffle", "dropout")]
+            names = ["default" if name == "qpm0.7" else name for name in names]
+            assert sum([line[1:] for line in lines], []) == sum([cells(dice[name], dice["none"]) for name in names], [])
+        elif head == ["patients", "VQ-Seg", "`--supervised`", "p"]:  # p is of one against the other
+            names = []
+            for n, *line in lines:
+                pair = ("default", "supervised") if n == "7" else (f"labels{n}", f"supervised{n}")
+                (first, p), (second, _) = cells(dice[pair[0]], dice[pair[1]]), cells(dice[pair[1]], dice[pair[1]])
+                assert line == [first, second, p], n
+                names += pair
+        else:
             continue
-        name, middle, spread, p = match.groups()
-        first = name if first is None else first
-        assert (middle, spread) == (f"{dice[name].mean():.3f}", f"{dice[name].std(ddof=1):.3f}"), name
-        difference = dice[name] - dice[first]
-        t = abs(difference.mean()) / (difference.std(ddof=1) / 3**0.5) if name != first else 0
-        assert p == ("-" if name == first else f"{1 - t / (t**2 + 2) ** 0.5:.2f}"), name
-        checked += 1
-    assert checked >= 6
+        checked |= set(names)
+    assert checked == set(dice)
 
 
 def test_effects_of_the_study_are_those_of_its_records():
-    dice, effects = dice_of_study(), re.findall(r"\(`([\w. ]+)`, not `([\w. ]+)`\): ([+-]0\.\d{3}), p (0\.\d\d)", README)
+    dice, effects = study(), re.findall(r"\(`([\w. ]+)`, not `([\w. ]+)`\): ([+-]0\.\d{3}), p (0\.\d\d)", README)
     assert len(effects) >= 3
     for more, less, effect, p in effects:
         a, b = (np.concatenate([dice[name] for name in names.split()]) for names in (more, less))
