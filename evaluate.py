@@ -14,8 +14,8 @@ THE EMPTY-MASK RULE, here once and nowhere else (peers score an empty prediction
 
 The peers look at a slice once, and count all that they find. Training chooses its best checkpoint so, which is quicker; else
   - a prediction is the mean over nine turned and scaled views of a slice, `VIEWS`.
-  - of a heart only the largest connected piece of each class counts, for it has one of each; of what else, all. Short ACDC runs
-    (README, "What held") all gained by it, 0.002 to 0.034 validation Dice. `--pieces all` is without.
+  - of a heart only the largest connected piece of each class counts, for it has one of each; of what else, all. All 53 short
+    ACDC runs (README, "What held") that were scored both ways gained by it, 0.002 to 0.034 validation Dice. `--pieces all` is without.
 
     python evaluate.py RUN [--split test]                          scores, into RUN/val.csv or RUN/test.csv
     python evaluate.py RUN [RUN ...] --predict SCAN --out SEG       a new scan, or a folder of them; several runs: their mean

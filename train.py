@@ -317,7 +317,7 @@ def finish(s: Settings, run: Path, labels: list[str], labelled: Slices, unlabell
     print(evaluate.table(rows))
     evaluate.draw({"prediction": model}, val_cases, rows, labels, device, s.view, evaluate.one_piece(saved), run / "predictions.png")
     (run / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {run}/val.csv, predictions.png, result.json, log.jsonl, best.pt, last.pt")
+    print(f"wrote {run}/val.csv, val.json, predictions.png, result.json, log.jsonl, best.pt, last.pt")
 
 
 def snapshot(run: Path, step: int, teacher: VQSeg, sets: list[Slices], device: torch.device, view: int) -> Usage:

@@ -392,8 +392,7 @@ def test_pieces_are_those_of_the_run_unless_the_command_says_otherwise(runs, tmp
     torch.save(saved | {"settings": saved["settings"] | {"pieces": "largest"}}, run / "best.pt")
     one = evaluate.scores(run, "val", CPU)  # made again, for those that are there counted all
     assert one != every and evaluate.table(one) in said
-    scan, out = runs / "scan.nii.gz", tmp_path / "seg.nii.gz"
-    nib.save(nib.load(evaluate.dataset_of(saved).with_masks("val")[0].images[0]), scan)
+    scan, out = evaluate.dataset_of(saved).with_masks("val")[0].images[0], tmp_path / "seg.nii.gz"
     for pieces, file in (("all", tmp_path / "all.nii.gz"), ("", out)):
         assert call(monkeypatch, run, "--predict", scan, "--out", file, *(["--pieces", pieces] if pieces else [])) == 0
     every, one = (np.asarray(nib.load(file).dataobj) for file in (tmp_path / "all.nii.gz", out))
