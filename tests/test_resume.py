@@ -1,10 +1,10 @@
 """Nothing is lost: runs killed at any moment, also inside a checkpoint's write, and resumed end as the uninterrupted run does."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,38 +13,53 @@ import pytest
 import torch
 from conftest import SMALL_SPLIT
 
+import data
 import train
 from data import BadInput
 
 FLAGS = "--fm standin --labeled 2 --steps 20 --batch 2 --width 8 --dim 8 --codebook-size 32 --device cpu".split()
-# A run in a process of its own, on the small phantom split, that kills itself at the n-th call of something where asked.
-DRIVER = f"""
-import os, signal, sys
-import torch, data, train
-data.PHANTOM_SPLIT = {SMALL_SPLIT!r}
-torch.set_num_threads(2)
-where, n = sys.argv.pop(1), int(sys.argv.pop(1))
-def dying(original, calls=[0]):
-    def call(*a, **k):
-        calls[0] += 1
-        if calls[0] == n:
-            if where == "write":
-                a[1].write(b"half of a checkpoint")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*a, **k)
-    return call
-if where == "write": torch.save = dying(torch.save)
-if where == "fsync": os.fsync = dying(os.fsync)
-if where == "rename": os.replace = dying(os.replace)
-if where == "step": train.ema_update = dying(train.ema_update)
-train.main()
-"""
+# Every life is forked from one process that has imported the packages and has computed nothing: that spares 6 s a life.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "nibabel"])
 
 
-def start(root: Path, out: Path, where: str = "nowhere", n: int = 0) -> subprocess.Popen:
+def life(arguments: list[str], errors: Path, where: str, n: int):
+    """A run on the small phantom split, in a process of its own, that kills itself at the n-th call of something where asked."""
+    data.PHANTOM_SPLIT, sys.argv = SMALL_SPLIT, ["train.py", *arguments]
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w", buffering=1)
+
+    def dying(original, calls=[0]):
+        def call(*a, **k):
+            calls[0] += 1
+            if calls[0] == n:
+                if where == "write":
+                    a[1].write(b"half of a checkpoint")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*a, **k)
+
+        return call
+
+    deadly = {"write": (torch, "save"), "fsync": (os, "fsync"), "rename": (os, "replace"), "step": (train, "ema_update")}
+    if where in deadly:
+        owner, name = deadly[where]
+        setattr(owner, name, dying(getattr(owner, name)))
+    train.main()
+
+
+def start(root: Path, out: Path, where: str = "nowhere", n: int = 0):
     go = ["--resume", str(out)] if (out / "record.json").exists() else ["--root", str(root), "--out", str(out), *FLAGS]
-    command = [sys.executable, "-c", DRIVER, where, str(n), *go]
-    return subprocess.Popen(command, cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = PROCESSES.Process(target=life, args=(go, errors(out), where, n))
+    process.start()
+    return process
+
+
+def errors(out: Path) -> Path:
+    return out.with_suffix(".stderr")
+
+
+def end(process) -> int:
+    process.join()
+    return process.exitcode
 
 
 def outcome(out: Path) -> tuple[dict, list]:
@@ -69,7 +84,7 @@ def equal(a, b) -> bool:
 def uninterrupted(small_phantom, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     process = start(small_phantom, out)
-    assert process.wait() == 0, process.stderr.read()
+    assert end(process) == 0, errors(out).read_text()
     return outcome(out)
 
 
@@ -82,14 +97,13 @@ def test_killed_five_times_and_resumed_ends_bitwise_as_the_uninterrupted_run(see
         process = start(small_phantom, out, where, rng.randint(1, 3))
         if where == "clock":
             lines = rng.randint(1, 4)
-            while process.poll() is None and (not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < lines):
+            while process.is_alive() and (not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < lines):
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.2))
             process.kill()
-        deaths += process.wait() == -signal.SIGKILL
-        process.stderr.close()
+        deaths += end(process) == -signal.SIGKILL
     process = start(small_phantom, out)
-    assert process.wait() == 0, process.stderr.read()
+    assert end(process) == 0, errors(out).read_text()
     (weights, rest), (expected_weights, expected_rest) = outcome(out), expected
     assert deaths == 5 and rest == expected_rest and equal(weights, expected_weights)
     assert not list(out.glob("*.tmp"))
@@ -99,15 +113,15 @@ def test_ctrl_c_leaves_a_checkpoint_of_that_moment_and_says_how_to_go_on(small_p
     out = tmp_path / "run"
     process = start(small_phantom, out)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait() == 130
-    assert process.stderr.read() == f"train.py: stopped; go on with: python train.py --resume {out}\n"
+    assert end(process) == 130
+    assert errors(out).read_text() == f"train.py: stopped; go on with: python train.py --resume {out}\n"
     place, lines = torch.load(out / "last.pt", weights_only=True)["place"], (out / "log.jsonl").read_text().splitlines()
     assert 0 < place["step"] < 20 and json.loads(lines[-1])["step"] == place["step"]
     process = start(small_phantom, out)
-    assert process.wait() == 0, process.stderr.read()
+    assert end(process) == 0, errors(out).read_text()
     (weights, rest), (expected_weights, expected_rest) = outcome(out), uninterrupted
     assert rest == expected_rest and equal(weights, expected_weights)
 

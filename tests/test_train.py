@@ -320,10 +320,14 @@ def test_house_rules_of_imports():
     """vq, qpm, losses and data stand on the ground; model on vq and qpm; evaluate on model and data."""
     root, ours = Path(train.__file__).parent, {"vq", "qpm", "losses", "data", "model", "evaluate", "train"}
     allowed = {"vq": set(), "qpm": set(), "losses": set(), "data": set(), "model": {"vq", "qpm"}, "evaluate": {"model", "data"}}
-    for name, may in allowed.items():
-        code = f"import sys, {name}; print(*(m for m in {ours!r} if m in sys.modules))"
-        loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.split()
-        assert set(loaded) <= may | {name} | (allowed["model"] if "model" in may else set())
+    code = f"""import importlib, sys
+for name in {[*allowed]!r}:
+    [sys.modules.pop(m, None) for m in {ours!r}]
+    importlib.import_module(name)
+    print(*(m for m in {ours!r} if m in sys.modules))"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    for (name, may), loaded in zip(allowed.items(), said, strict=True):
+        assert {name} <= set(loaded.split()) <= may | {name} | (allowed["model"] if "model" in may else set())
 
 
 def test_settings_are_documented_and_survive_the_command_line():
