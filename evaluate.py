@@ -440,7 +440,7 @@ def compare(records: list[Record]) -> tuple[list[str], list[list[str]]]:
 def draw_sweep(records: list[Record], name: str, path: Path) -> None:
     """Dice against the setting `name`, a curve for each other setting; and the codewords in use over training, of the longest.
 
-    What was run at one place only, as without any perturbation, is a line across: something to compare the curves with.
+    What was run at one place only, as without any perturbation, is dashed in both: something to compare the curves with.
     """
     import matplotlib
 
@@ -470,12 +470,13 @@ def draw_sweep(records: list[Record], name: str, path: Path) -> None:
     left.set(xticks=range(len(places)), xticklabels=[f"{value:g}" for value in places], xlabel=name)
     left.set_title("Dice, mean and standard deviation over seeds", fontsize=10)
     left.legend(fontsize=8)
-    label, curve = max(curves.items(), key=lambda item: len(item[1]))  # the first of those with the most places
-    for value in sorted(curve):
-        log = json.loads(curve[value][0].log)
-        log = [line for line in log if "utilization" in line]
-        right.plot([line["step"] for line in log], [line["utilization"] for line in log], label=f"{name} {value:g}")
-    right.set_title(f"share of codewords in use within 50 steps ({label}, seed {next(iter(curve.values()))[0].seed})", fontsize=10)
+    longest, curve = max(curves.items(), key=lambda item: len(item[1]))  # the first of those with the most places
+    shown = [(curve[value][0], f"{name} {value:g}", "-") for value in sorted(curve)]
+    shown += [(next(iter(curve.values()))[0], label, "--") for label, curve in curves.items() if len(curve) == 1 and label != longest]
+    for record, label, style in shown:
+        log = [line for line in json.loads(record.log) if "utilization" in line]
+        right.plot([line["step"] for line in log], [line["utilization"] for line in log], style, label=label)
+    right.set_title(f"share of codewords in use within 50 steps ({longest}, seed {shown[0][0].seed})", fontsize=10)
     right.set(xlabel="step", ylim=(0, 1.05))
     right.legend(fontsize=8)
     figure.savefig(path, dpi=80)
