@@ -2,7 +2,8 @@
 
 Plain nearest codeword: the whole distance table, then argmin. Plain QPM: a loop over the distinct codes, each with its distances to
 all codewords. The training step is the paper's (DINOv2 ViT-S/14 as encoder and as foundation model,
-K = 16384, 4 + 4 slices of 224 x 224) with random weights and with tokens that are spread over the codebook, as after training.
+K = 16384, 4 + 4 slices of 224 x 224) with random weights and with tokens that are spread over the codebook, as after training; beside
+it the time that as many operations take in a bare matrix product, which a step can hardly beat.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model
@@ -134,8 +136,13 @@ def bench_step(device: torch.device, K: int, size: int) -> None:
     ours, part, memory = seconds(lambda: step(amp), device, 3), seconds(tokens, device, 3), megabytes(lambda: step(amp), device)
     with torch.no_grad():
         distinct = student.quantizer(student.encoder(torch.cat([x, x])).z).indices[4:].unique().numel()
-    kind = "bfloat16" if amp else "float32"
-    print(f"{K:7} {distinct:7}  {ours:9.3f} s {memory:6.0f} MB  in {kind}; quantizer and QPM are {part / ours:.1%} of it")
+    with FlopCounterMode(display=False) as counted:
+        step(amp)
+    kind, operations = torch.bfloat16 if amp else torch.float32, counted.get_total_flops()
+    square = torch.rand(2048, 2048, device=device).to(kind)
+    least = seconds(lambda: square @ square, device) * operations / (2 * 2048**3)
+    print(f"{K:7} {distinct:7}  {ours:9.3f} s {memory:6.0f} MB  in {str(kind)[6:]}; quantizer and QPM are {part / ours:.1%} of it")
+    print(f"{K:7} {distinct:7}  {least:9.3f} s would take a bare matrix product of as many operations, {operations / 1e9:.0f} billion")
     with mock.patch.object(qpm, "perturb", plain_perturb):
         plain = seconds(lambda: step(False), device, 1)
     print(f"{K:7} {distinct:7}  {plain:9.3f} s with the loop over codes in float32: ours is {plain / ours:.1f} times faster")
