@@ -70,7 +70,9 @@ class Settings:
     minutes: float = option(0.0, "wall-clock budget; 0 = 3 for phantom, 30 for acdc", low=0, high=10**6)
     steps: int = option(0, "budget in steps instead: repeatable to the bit, which a clock is not", low=0, high=10**9)
     epochs: float = option(0.0, "budget in passes over the unlabelled slices instead", low=0, high=10**6)
-    batch: int = option(4, "labelled slices per step and process, and as many unlabelled (the paper: 4 per GPU)", low=1, high=4096)
+    # Fewer steps a minute, each of them steadier, which pays once a run is long. Validation Dice of 8 and (4), one core, width 8, 7 ACDC
+    # patients, seeds 1 and 2: after 24 minutes 0.842, 0.839 (0.837, 0.834), after 8 minutes 0.795, 0.792 (0.796, 0.804).
+    batch: int = option(8, "labelled slices per step and process, and as many unlabelled (the paper: 4 per GPU)", low=1, high=4096)
     seed: int = option(1337, "the randomness of step n is a function of (seed, n) alone", low=0, high=2**63)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-NAME-seedSEED, numbered if it is taken")
