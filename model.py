@@ -13,12 +13,14 @@ The paper does not say:
   - how tokens are scaled. Ours go through a 1x1 convolution to few channels, lose their mean and variance per image and
     channel, and get unit length, like the codewords. With raw features a codebook collapses; with this, all 1024
     codewords are in use at the end of the README's ACDC run.
+  - which normalization. By batch, as the field's U-Nets do, over all processes. GroupNorm of eight groups, which takes from each slice
+    its own level, was worse: after 24 minutes of one core (7 ACDC patients, width 8) 0.842 and 0.839 validation Dice against 0.850
+    and 0.850 with seeds 1 and 2; in 11 minutes of `--supervised --batch 4`, 0.806 and 0.801 against 0.842 and 0.822.
   - which of DINOv2's sizes, or what a patch of 14 pixels makes of a crop of 128. ViT-S/14, whose 384 channels are the authors'
     codewords. A slice is never padded: as encoder it gets crops of 126 = 9 x 14 pixels, as foundation model the whole crop
     resized to the nearest multiple of 14, since Section 3.5 resizes q(z) to its grid anyway.
 The paper's encoder is DINOv2 (`--encoder dinov2`: UniMatch V2's taps and DPT decoder); the default here is a small
-convolutional one that trains from scratch on two CPU cores. Its GroupNorm has no running statistics, so the EMA teacher has
-no buffers to forget, and a batch split over several GPUs gives the same result as one.
+convolutional one that trains from scratch on two CPU cores.
 
 Run `python model.py RUN` to draw one validation slice on its way through Figure 2.
 """
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,19 +45,48 @@ class Encoded(NamedTuple):
     skips: list[Tensor]  # shallower maps: (B,c,H/2,W/2), (B,2c,H/4,W/4), (B,4c,H/8,W/8)
 
 
-class GroupNorm(nn.GroupNorm):
-    """In float32 also under autocast, as CUDA does it of itself. On a CPU the bfloat16 one makes a training step 1.3 times as long."""
+class Total(torch.autograd.Function):
+    """The sum over all processes. Each has that sum in its loss, so what the sum's part here gets is the sum of their gradients."""
+
+    @staticmethod
+    def forward(context, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
+
+
+def total(x: Tensor) -> Tensor:
+    return Total.apply(x) if dist.is_initialized() else x
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """(B,C,H,W) -> (B,C,H,W). Several processes that train normalize by the mean and variance of their joint batch.
+
+    PyTorch's SyncBatchNorm does so on GPUs only.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        n = dist.get_world_size() * x.numel() / x.shape[1]  # values a channel; the processes have equal batches
+        mean = total(x.float().sum((0, 2, 3))) / n  # (C,)
+        centered = x.float() - mean[:, None, None]
+        var = total(centered.square().sum((0, 2, 3))) / n
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3x3 convolutions, each with GroupNorm and SiLU."""
+    """Two 3x3 convolutions, each with BatchNorm and SiLU."""
     layers: list[nn.Module] = []
     for c in (inputs, outputs):
-        layers += [nn.Conv2d(c, outputs, 3, padding=1, bias=False), GroupNorm(8, outputs), nn.SiLU(inplace=True)]
+        layers += [nn.Conv2d(c, outputs, 3, padding=1, bias=False), BatchNorm(outputs), nn.SiLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
@@ -394,11 +426,16 @@ class VQSeg(nn.Module):
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
-    """theta_t <- alpha * theta_t + (1 - alpha) * theta_s for every parameter; buffers are copied."""
-    for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-        t.lerp_(s, 1 - alpha)
-    for t, s in zip(teacher.buffers(), student.buffers(), strict=True):
-        t.copy_(s)
+    """theta_t <- alpha * theta_t + (1 - alpha) * theta_s for every parameter and running statistic; counts are copied.
+
+    A teacher with copied statistics, those of the student's last ten steps or so, was worse at nine of the ten validations of a
+    supervised ACDC run, by up to 0.015 Dice.
+    """
+    for t, s in zip([*teacher.parameters(), *teacher.buffers()], [*student.parameters(), *student.buffers()], strict=True):
+        if t.is_floating_point():
+            t.lerp_(s, 1 - alpha)
+        else:
+            t.copy_(s)
 
 
 def load_teacher(path: Path, device: torch.device) -> tuple[VQSeg, dict]:

@@ -285,7 +285,7 @@ def test_randomness_of_a_step_is_a_function_of_seed_and_step():
         (["--eps", "1.5"], "--eps 1.5: must lie in 0 to 1"), (["--eps", "nan"], "--eps nan"),
         (["--labeled", "0", "--root", "{phantom}"], "--labeled 0: must lie in 1 to 5"),
         (["--data", "acdc"], "--data acdc needs --root"), (["--data", "acdc", "--root", "/no/such"], "/no/such: no such folder"),
-        (["--temperature", "0"], "--temperature 0.0: must be above 0"), (["--width", "20"], "--width 20: must be a multiple of 8"),
+        (["--temperature", "0"], "--temperature 0.0: must be above 0"), (["--width", "0"], "--width 0: must lie in 1 to 4096"),
         (["--minutes", "1", "--steps", "5"], "give one of them"), (["--device", "cuda:77"], "--device cuda:77"),
         (["--batch", "0"], "--batch 0: must lie in 1"), (["--codebook-size", "1"], "--codebook-size 1: must lie in 2"),
     ],
