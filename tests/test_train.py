@@ -59,6 +59,8 @@ def test_a_step_is_figure_2_walked_by_hand():
     """Who sees what: each term again, from the networks' parts, one branch at a time."""
     s = replace(SMALL, tau=0.2, lambda_dice=0.5, temperature=0.3, eps=0.6, threshold=0.3)
     student, teacher, fm, *_ = train.build(s, CPU)
+    assert student.training and not teacher.training  # the teacher normalizes by running statistics, slice by slice
+    student.eval()  # as here the student does, or one branch at a time would not give what both give together
     g = torch.Generator().manual_seed(5)
     for p in teacher.parameters():  # a teacher that says something else than the student
         p.add_(0.3 * p.std() * torch.randn(p.shape, generator=g))
