@@ -71,7 +71,7 @@ class BatchNorm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         n = dist.get_world_size() * x.numel() / x.shape[1]  # values a channel; the processes have equal batches
-        mean = total(x.float().sum((0, 2, 3))) / n  # (C,)
+        mean = total(x.float().sum((0, 2, 3))) / n  # (C,), as var
         centered = x.float() - mean[:, None, None]
         var = total(centered.square().sum((0, 2, 3))) / n
         with torch.no_grad():
@@ -431,7 +431,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
     A teacher with copied statistics, those of the student's last ten steps or so, was worse at nine of the ten validations of a
     supervised ACDC run, by up to 0.015 Dice.
     """
-    for t, s in zip([*teacher.parameters(), *teacher.buffers()], [*student.parameters(), *student.buffers()], strict=True):
+    for t, s in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
         if t.is_floating_point():
             t.lerp_(s, 1 - alpha)
         else:
