@@ -18,7 +18,9 @@ Run `python vq.py RUN` to draw the codebook of a training run as in Appendix E: 
 """
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,22 +45,47 @@ class Usage(NamedTuple):
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     """Eq. 2: i = argmin_k || z - c_k ||_2 for any number of tokens.
 
-    z (..., D), codebook (K,D) -> (...) int64. Bounded memory: 64 MB of distances at a time, never tokens x K. Nearly all of
+    z (..., D), codebook (K,D) -> (...) int64. Bounded memory: at most 64 MB of distances at a time, never tokens x K. Nearly all of
     its time is the one matrix product (`python tests/bench.py`).
+
+    Under autocast, tokens are no more exact than the bfloat16 arithmetic they come from, and the product rounds its inputs as much:
+    of random tokens 1 in 200 then gets another codeword, whose squared distance is at most 0.001 larger; rounding the tokens to
+    bfloat16 does that to 1 in 300. On a CPU with bfloat16 the search is three times faster so. What the product gives, the distances,
+    stays in float32: in bfloat16 many would be equal.
     """
     K, D = codebook.shape
     if z.shape[-1] != D:
         raise ValueError(f"tokens have {z.shape[-1]} channels but codewords have {D}")
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-        # ||z-c||^2 = ||z||^2 - 2 z.c + ||c||^2: the first term is the same for every k, so argmin does not need it.
+    precision = "medium" if torch.is_autocast_enabled(z.device.type) else "highest"
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), matmul_precision(precision):
+        # ||z-c||^2 = ||z||^2 - 2 (z.c - ||c||^2 / 2): the nearest codeword is where the bracket is largest.
         # Subtle: a shift common to z and c changes no distance but costs float32 digits, so take it out first.
         center = codebook.float().mean(0)
         c = codebook.float() - center  # (K,D)
         tokens = z.float().reshape(-1, D) - center  # (N,D)
-        c_squared = c.square().sum(1)  # (K,)
-        rows = max(1, 2**24 // K)
-        found = [torch.addmm(c_squared, part, c.T, alpha=-2).argmin(1) for part in tokens.split(rows)]
+        half_squares = torch.linalg.vector_norm(c, dim=1).square() / 2  # (K,)
+        rows = max(1, min(128, 2**24 // K))  # few, so that their table stays in the cache
+        found = [argmax(torch.mm(part, c.T).sub_(half_squares)) for part in tokens.split(rows)]
     return torch.cat(found).reshape(z.shape[:-1])
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """What PyTorch may do to the inputs of a float32 matrix product: "highest" nothing, "medium" round them to bfloat16 or TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def argmax(table: Tensor) -> Tensor:
+    """table.argmax(1), (N,K) -> (N,), in two passes: on a CPU PyTorch's own takes as long as the product before it, its amax a tenth."""
+    N, K = table.shape
+    blocks = table.reshape(N, -1, math.gcd(K, 128))  # (N,K/b,b)
+    block = blocks.amax(2).argmax(1)  # (N,)
+    return block * blocks.shape[2] + blocks[torch.arange(N, device=table.device), block].argmax(1)
 
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
@@ -117,8 +144,12 @@ class VectorQuantizer(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """(K,D), float32, each row of unit length."""
-        with torch.autocast(self.table.device.type, enabled=False):
-            return F.normalize(self.linear(self.table), dim=1)
+        return self.codewords(self.table)
+
+    def codewords(self, rows: Tensor) -> Tensor:
+        """(...,D) rows of the table -> the codewords they are."""
+        with torch.autocast(rows.device.type, enabled=False):
+            return F.normalize(self.linear(rows), dim=-1)
 
     def indices_to_codes(self, indices: Tensor, codebook: Tensor | None = None) -> Tensor:
         """(B,h,w) -> (B,D,h,w): the inverse of quantization. Pass a codebook to save computing it again."""
@@ -135,7 +166,7 @@ class VectorQuantizer(nn.Module):
         codebook = self.codebook  # (K,D)
         tokens = z.permute(0, 2, 3, 1).float()  # (B,h,w,D)
         indices = nearest(tokens, codebook)  # (B,h,w)
-        codes = F.embedding(indices, codebook)  # (B,h,w,D)
+        codes = self.codewords(F.embedding(indices, self.table))  # (B,h,w,D); of all K codewords, backward would visit those not chosen too
         with torch.autocast(z.device.type, enabled=False):
             loss = codebook_loss(tokens, codes, self.beta)
             if self.usage_weight:

@@ -20,9 +20,26 @@ def test_eq2_nearest_equals_brute_force(shape, K, D, offset):
     assert found.shape == shape and np.allclose(ours, best, atol=1e-4)
 
 
+def test_eq2_under_autocast_is_off_by_no_more_than_rounded_tokens_and_restores_the_precision():
+    g = torch.Generator().manual_seed(0)
+    z, c = (torch.nn.functional.normalize(torch.randn(n, 384, generator=g), dim=1) for n in (200, 4096))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vq.nearest(z, c)
+    squared = torch.cdist(z.double(), c.double()).square()
+    excess = squared[torch.arange(200), found] - squared.amin(1)
+    assert excess.max() <= 4 * 2**-8  # z.c is off by up to 2^-8 for vectors of length 1, once up and once down, and counts twice
+    assert excess.mean() < 1e-4 and torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("K", [1, 7, 12, 128, 384])
+def test_argmax_in_two_passes_is_the_first_largest(K):
+    table = torch.randint(0, 5, (50, K), generator=torch.Generator().manual_seed(K)).float()
+    assert vq.argmax(table).tolist() == table.numpy().argmax(1).tolist()
+
+
 def test_eq2_memory_is_bounded(monkeypatch):
-    sizes, original = [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *a, **k: sizes.append((out := original(*a, **k)).numel()) or out)
+    sizes, original = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: sizes.append((out := original(*a, **k)).numel()) or out)
     vq.nearest(torch.randn(600, 2), torch.randn(65536, 2))
     assert sum(sizes) == 600 * 65536 and max(sizes) <= 2**24
 
