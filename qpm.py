@@ -124,7 +124,7 @@ def propose(indices: Tensor, codebook: Tensor, temperature: float, uniform: Tens
     propose, accept = uniform.chunk(2, dim=1)  # (N,PROPOSALS) each
     j = (propose * (len(codebook) - 1)).long()
     j += j >= indices[:, None]  # passes over i itself
-    d = (codebook[j] - codebook[indices][:, None]).square().sum(2).sqrt()  # (N,PROPOSALS)
+    d = torch.linalg.vector_norm(codebook[j] - codebook[indices][:, None], dim=2)  # (N,PROPOSALS)
     accepted = accept < torch.exp(-d / temperature)
     first = accepted.long().argmax(1, keepdim=True)
     return j.gather(1, first)[:, 0], accepted.any(1)
@@ -151,7 +151,7 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
             j, found = (torch.cat(of_parts) for of_parts in zip(*parts))
             moved, rest = flat.scatter(0, which, j), which[~found]
         centered = codebook - codebook.mean(0)
-        squares = centered.square().sum(1)
+        squares = torch.linalg.vector_norm(centered, dim=1).square()
         # Subtle: u < 1 in float32 too keeps the target below the last step, which is 1 but for rounding, and right=True passes
         # steps of height 0, like that of i itself: what is found has positive probability. Only a NaN finds nothing: clamp.
         below_1 = uniform[rest, 1:2].clamp(max=1 - 2**-24).to(codebook.dtype)
