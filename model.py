@@ -299,7 +299,8 @@ class DPTDecoder(nn.Module):
         x = maps[3]
         for k in (3, 2, 1, 0):
             x = x if k == 3 else x + self.across[k](maps[k])
-            x = self.out[k](F.interpolate(self.level[k](x), size=sizes[k], mode="bilinear", align_corners=True))
+            # DPT enlarges first. A 1x1 convolution and bilinear sampling commute, and this order is a quarter of the work.
+            x = F.interpolate(self.out[k](self.level[k](x)), size=sizes[k], mode="bilinear", align_corners=True)
         return F.interpolate(self.head(x), size=(14 * h, 14 * w), mode="bilinear", align_corners=True)
 
 
