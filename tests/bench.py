@@ -126,11 +126,12 @@ def bench_step(device: torch.device, K: int, size: int) -> None:
     def tokens() -> None:
         """What of the step is quantizer and QPM: the student's tokens there and back, the teacher's there."""
         z = noise.clone().requires_grad_()
-        q = student.quantizer(z)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            q = student.quantizer(z)
+            with torch.no_grad():
+                teacher.quantizer.quantize(noise[:4])
+            qpm.perturb(q.indices[4:], q.codebook.detach(), s.eps)
         (q.codes.sum() + q.loss).backward()
-        with torch.no_grad():
-            teacher.quantizer.quantize(noise[:4])
-        qpm.perturb(q.indices[4:], q.codebook.detach(), s.eps)
 
     amp = train.has_bfloat16(device)
     ours, part, memory = seconds(lambda: step(amp), device, 3), seconds(tokens, device, 3), megabytes(lambda: step(amp), device)
