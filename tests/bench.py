@@ -109,7 +109,7 @@ def bench_step(device: torch.device, K: int, size: int) -> None:
     network = {"codebook_size": K, "encoder": "dinov2", "fm_channels": fm.channels, "usage_weight": s.lambda_usage}
     student, teacher = (model.VQSeg(**network).to(device) for _ in range(2))
     teacher.requires_grad_(False)
-    optimizer = torch.optim.SGD(student.parameters(), lr=s.lr, momentum=0.9)
+    optimizer = torch.optim.SGD(student.parameters(), lr=s.lr, momentum=0.9, weight_decay=s.weight_decay, fused=True)
     x, y = torch.rand(4, 1, size, size, device=device), torch.randint(0, 4, (4, size, size), device=device)
     noise = unit(8, 384, size // 14, size // 14, device=device)
     spread = lambda module, given, out: out._replace(z=F.normalize(out.z + noise[: len(out.z)], dim=1))  # noqa: E731
