@@ -83,7 +83,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def argmax(table: Tensor) -> Tensor:
     """table.argmax(1), (N,K) -> (N,), in two passes: on a CPU PyTorch's own takes as long as the product before it, its amax a tenth."""
     N, K = table.shape
-    blocks = table.reshape(N, -1, math.gcd(K, 128))  # (N,K/b,b)
+    blocks = table.reshape(N, -1, math.gcd(K, 128))  # (N,K/b,b); any divisor b of K will do, 128 is quick
     block = blocks.amax(2).argmax(1)  # (N,)
     return block * blocks.shape[2] + blocks[torch.arange(N, device=table.device), block].argmax(1)
 
@@ -166,7 +166,8 @@ class VectorQuantizer(nn.Module):
         codebook = self.codebook  # (K,D)
         tokens = z.permute(0, 2, 3, 1).float()  # (B,h,w,D)
         indices = nearest(tokens, codebook)  # (B,h,w)
-        codes = self.codewords(F.embedding(indices, self.table))  # (B,h,w,D); of all K codewords, backward would visit those not chosen too
+        # Not codebook[indices], which is the same: its backward pass would visit the codewords that nobody chose too.
+        codes = self.codewords(F.embedding(indices, self.table))  # (B,h,w,D)
         with torch.autocast(z.device.type, enabled=False):
             loss = codebook_loss(tokens, codes, self.beta)
             if self.usage_weight:
