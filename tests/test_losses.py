@@ -37,6 +37,18 @@ def test_eq11_equals_loops_in_float64(tau):
     assert losses.alignment_loss(3 * a, 0.1 * b, tau).item() == pytest.approx(np.mean(per_image), rel=1e-5)
 
 
+def test_eq11_is_as_exact_under_autocast():
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 6, 6, generator=g)
+    near = features + 0.05 * torch.randn(2, 5, 6, 6, generator=g)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = losses.alignment_loss(near, features)
+    a, b = (t.double().flatten(2).numpy() for t in (near, features))
+    logits = np.einsum("mdi,mdj->mij", a / np.linalg.norm(a, axis=1, keepdims=True), b / np.linalg.norm(b, axis=1, keepdims=True)) / 0.07
+    expected = np.log(np.exp(logits).sum(2)).mean() - logits.diagonal(0, 1, 2).mean()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_eq11_is_log_n_for_equal_features_and_0_for_matched_ones():
     assert losses.alignment_loss(torch.ones(1, 3, 4, 4), torch.ones(1, 3, 4, 4)).item() == pytest.approx(math.log(16), rel=1e-5)
     matched = torch.eye(9).reshape(1, 9, 3, 3)
