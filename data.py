@@ -92,7 +92,7 @@ class Volume(NamedTuple):
     read: Callable[[int, int], np.ndarray]  # slices a to b: (b-a,H,W), numbers and finite, slope and intercept applied
     # Of NIfTI alone:
     spacing: tuple[float, ...] = (1.0, 1.0, 1.0)  # (z,y,x) in mm: the header's zooms, for the affine's unit scales are wrong in ACDC
-    affines: tuple[np.ndarray, ...] = ()  # voxel (x,y,z,1) -> mm by the sform and by the qform, which differ in ACDC
+    affines: tuple[np.ndarray, ...] = ()  # voxel (x,y,z,1) -> mm by the sform, and by the qform if there is one too: they may differ
     axes: str = ""  # RAS, LPS, ...
 
 
@@ -119,7 +119,8 @@ def open_nifti(path: Path, frame: int | None = None) -> Volume:
     try:
         file = nib.load(path, keep_file_open=True)  # or each part of a .nii.gz would be unpacked from its beginning
         shape, header = file.shape, file.header
-        spacing, affines = tuple(float(s) for s in header.get_zooms()[:3])[::-1], (file.affine, file.get_qform())
+        spacing, (qform, code) = tuple(float(s) for s in header.get_zooms()[:3])[::-1], header.get_qform(coded=True)
+        affines = (file.affine, qform) if code else (file.affine,)
         axes = "".join(code or "?" for code in nib.aff2axcodes(file.affine))
     except Exception as error:
         raise unreadable(path, error) from None
@@ -277,6 +278,9 @@ def acdc_layout(root: Path) -> list[Case]:
         for image in images:
             masks = tuple(nifti_files(f for f in files if stem(f) == f"{stem(image)}_gt"))
             cases.append(Case(stem(image), folder.name, (image,), masks or None))
+        for mask in nifti_files(f for f in files if re.fullmatch(rf"{folder.name}_frame\d+_gt", stem(f))):
+            if stem(mask).removesuffix("_gt") not in map(stem, images):
+                raise BadInput(f"{mask}: has no image {stem(mask).removesuffix('_gt')} beside it; add the image, or remove the mask")
     return cases
 
 
@@ -323,7 +327,9 @@ def png_layout(root: Path) -> tuple[list[Case], dict[str, list[str]]]:
                 raise BadInput(f"{image}: its name does not end in the number of the slice; name it like patient001_frame01_slice_1.png")
             if folder != "train-unlabel" and image.stem not in masks:
                 raise BadInput(f"{image}: has no mask/{image.stem}.npy; add the mask, or move the image to train-unlabel")
-            slices.setdefault(match[1], {})[int(match[2])] = image
+            twin = slices.setdefault(match[1], {}).setdefault(int(match[2]), image)
+            if twin != image:
+                raise BadInput(f"{image}: {twin.name} is the same slice; remove one of the two")
         for alone in sorted(masks.keys() - {image.stem for image in images}):
             raise BadInput(f"{masks[alone]}: has no image/{alone}.png; add the image, or remove the mask")
         for name, files in sorted(slices.items()):

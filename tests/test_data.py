@@ -108,6 +108,8 @@ def damage(root: Path, how: str, monkeypatch) -> Path:
     if how == "no mask":
         mask.unlink()
         return image
+    if how == "mask alone":
+        return mask.rename(mask.with_name("patient001_frame07_gt.nii.gz"))
     if how == "mask of another shape":
         return write(mask, labels[:-1])
     if how == "label 7":
@@ -162,17 +164,27 @@ def damage(root: Path, how: str, monkeypatch) -> Path:
 
 def test_mask_whose_sform_is_not_its_images_is_taken_when_the_qforms_agree_as_in_acdc(tmp_path):
     image, mask = write(tmp_path / "a.nii.gz", np.ones((6, 5, 2), np.int16)), write(tmp_path / "a_gt.nii.gz", np.ones((6, 5, 2), np.uint8))
-    file = nib.load(image)
-    file.set_sform(np.eye(4), code=1)  # unit scales, beside a qform with the true ones
-    nib.save(file, image)
     case = alone(image, mask)
+
+    def state(path, sform, qform_code):
+        file = nib.load(path)
+        file.set_qform(file.get_qform(), code=qform_code)
+        file.set_sform(sform, code=1)
+        nib.save(file, path)
+
+    state(image, np.eye(4), 1)  # unit scales, beside a qform with the true ones
+    state(mask, nib.load(mask).affine, 1)
     assert data.read_image(case)[1] == pytest.approx((8.0, 1.4, 1.5)) and data.read_mask(case, 4).all()
+    state(mask, nib.load(mask).affine, 0)  # a qform that the header says is none
+    with pytest.raises(BadInput, match="store both with the same affine"):
+        data.read_mask(case, 4)
 
 
 @pytest.mark.parametrize(
     "how, says",
     [
-        ("no image", "no patient001_frameXX.nii.gz"), ("no mask", "add the mask"), ("mask of another shape", "must be equal"),
+        ("no image", "no patient001_frameXX.nii.gz"), ("mask alone", "has no image patient001_frame07 beside it"),
+        ("no mask", "add the mask"), ("mask of another shape", "must be equal"),
         ("label 7", "label value 7 is not one of 0 to 3"), ("label not whole", "label value 0.5"),
         ("truncated gzip", "cannot be read as NIfTI"),
         ("empty file", "cannot be read as NIfTI"), ("not nifti", "cannot be read as NIfTI"), ("NaN", "NaN or infinite"),

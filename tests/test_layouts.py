@@ -1,6 +1,7 @@
 """The same scans in every layout that people have them in: same tensors, same training; who is in train, val and test; large sets."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -146,6 +147,9 @@ def test_an_image_without_mask_and_a_mask_without_image_are_refused_and_not_drop
     mask.write_bytes(kept)
     (mask.parent.parent / "image" / "patient001_frame01_slice_2.png").unlink()
     assert "patient001_frame01_slice_2.npy: has no image/" in refused(tmp_path / "png")
+    mask.with_name("patient001_frame01_slice_2.npy").unlink()
+    copies = [shutil.copy(f, f.with_name(f.name.replace("_1.", "_01."))) for f in (mask, mask.parent.parent / "image" / f"{mask.stem}.png")]
+    assert "is the same slice" in refused(tmp_path / "png") and len(copies) == 2
     as_pair(phantom_copy, tmp_path / "pair")
     (tmp_path / "pair" / "images" / "patient003_frame01.nii.gz").unlink()
     assert "patient003_frame01.nii.gz: has no image of the same name" in refused(tmp_path / "pair")
