@@ -258,6 +258,9 @@ def predict_all(models: list[Model], source: Path, out: Path, saved: dict, devic
     files, bad = data.nifti_files(data.contents(source)), 0
     if not files:
         raise BadInput(f"--predict {source}: no .nii or .nii.gz file in it; give the folder that holds the scans")
+    below = len(data.nifti_files(source.rglob("*"))) - len(files)
+    if below:
+        print(f"WARNING: {source}: {below} NIfTI files in folders below it are left alone; give each such folder by itself", flush=True)
     if out.exists() and (not out.is_dir() or out.samefile(source)):
         raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
     for number, file in enumerate(files, start=1):
@@ -527,10 +530,11 @@ def load_alike(runs: list[Path], device: torch.device) -> tuple[list[Model], dic
     """The teachers of runs that see a scan alike and mean the same by a class, and the first one's checkpoint."""
     models, saved = zip(*(load(run, device) for run in runs))
     for run, other in zip(runs, saved):
-        kinds = [(data.class_names(s["data"], s["classes"]), data.read_window(s["data"], s["window"]), s["view"])
-                 for s in (other["settings"], saved[0]["settings"])]  # fmt: skip
+        kinds = [(data.class_names(s["data"], s["classes"]), data.read_window(s["data"], s["window"]), s["view"], one_piece(of))
+                 for of in (other, saved[0]) for s in [of["settings"]]]  # fmt: skip
         if kinds[0] != kinds[1]:
-            raise BadInput(f"{run}: its classes, --window or --view are not those of {runs[0]}; give runs that have these in common")
+            remedy = "give runs that have these in common"
+            raise BadInput(f"{run}: its classes, --window, --view or --pieces are not those of {runs[0]}; {remedy}")
     return list(models), saved[0]
 
 
@@ -669,6 +673,8 @@ def main() -> None:
 def main_predict(args: argparse.Namespace, device: torch.device) -> int:
     if not (args.predict and args.out):
         raise BadInput("--predict and --out: give both, the scan and where its segmentation goes")
+    if args.eps or args.mm or args.csv or args.records or args.figure or args.sweep:
+        raise BadInput("--eps, --mm, --csv, --records, --figure and --sweep: are for scores; leave them out beside --predict")
     models, saved = load_alike(args.runs, device)
     saved["settings"]["pieces"] = args.pieces or saved["settings"].get("pieces", "")
     return predict_all(models, args.predict, args.out, saved, device)
@@ -712,8 +718,8 @@ def main_compare(args: argparse.Namespace, device: torch.device) -> None:
 
 def main_score(args: argparse.Namespace, device: torch.device) -> None:
     run = args.runs[0]
-    if args.records or args.sweep:
-        raise BadInput("--records and --sweep: are for several runs; give more, or leave them out")
+    if args.csv or args.records or args.sweep:
+        raise BadInput("--csv, --records and --sweep: are for several runs; give more, or leave them out")
     model, saved = load(run, device)
     s = saved["settings"]
     s["pieces"] = args.pieces or s.get("pieces", "")
