@@ -504,7 +504,12 @@ def read_data(s: Settings, say) -> tuple[data.DataSet, Slices, Slices, list[Case
         f"{len(val_cases)} validation volumes")
     for name in labelled.absent_classes(found.labels):
         say(f"WARNING: no labelled slice shows the class {name}: it cannot be learned", flush=True)
-    if not any(slab.any() for case in val_cases for slab in data.mask_slabs(case, s.classes)):
+    # Every validation voxel is read once now, or a damaged file would stop the run at its first validation.
+    shown = [slab.any() for case in val_cases for slab in data.mask_slabs(case, s.classes)]
+    for case in val_cases:
+        for _ in data.slabs(data.open_volume(case.images)):
+            pass
+    if not any(shown):
         raise BadInput(f"{found.root}: no validation mask shows any class, so no teacher could be chosen; add a patient with one to val")
     return found, labelled, unlabelled, val_cases
 

@@ -135,8 +135,14 @@ def test_a_folder_goes_on_over_bad_files_and_leaves_alone_what_is_there(pair, ru
     assert {f.name for f in (tmp_path / "out").iterdir()} == names
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
     (scans / "broken.nii.gz").unlink()
+    assert call(monkeypatch, runs / "a1", "--predict", scans, "--out", tmp_path / "out", "--eps", 1) == 2
+    assert "leave them out beside --predict" in capsys.readouterr().err
+    (scans / "below").mkdir()
+    (scans / "below" / "patient001_frame01.nii.gz").touch()
     assert call(monkeypatch, runs / "a1", "--predict", scans, "--out", tmp_path / "out") == 0
-    assert capsys.readouterr().out.count("left alone") == 2 and all(f.stat().st_mtime_ns == t for f, t in before.items())
+    said = capsys.readouterr().out
+    assert "WARNING" in said and "1 NIfTI files in folders below it are left alone" in said
+    assert said.count("is there already, left alone") == 2 and all(f.stat().st_mtime_ns == t for f, t in before.items())
 
 
 @pytest.mark.parametrize("case", ["itself", "existing", "picture", "no nifti", "same folder", "no out", "5-D", "no scan"])
@@ -423,6 +429,17 @@ def test_validation_masks_that_show_nothing_are_refused_before_training(pair, tm
         file = nib.load(path)
         nib.save(nib.Nifti1Image(np.zeros(file.shape, np.uint8), file.affine), path)
     with pytest.raises(BadInput, match="no validation mask shows any class"):
+        train_run(tmp_path / "set", tmp_path / "run", data=str(tmp_path / "set"), classes=4, steps=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_the_last_validation_file_is_read_before_training_too(pair, tmp_path, part):
+    shutil.copytree(pair, tmp_path / "set")
+    last = data.open_dataset(str(pair), classes=4).with_masks("val")[-1]
+    path = tmp_path / "set" / part / last.masks[0].name
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(BadInput, match=f"{part}/{path.name}: cannot be read as NIfTI"):
         train_run(tmp_path / "set", tmp_path / "run", data=str(tmp_path / "set"), classes=4, steps=1)
     assert not (tmp_path / "run").exists()
 
