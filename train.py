@@ -111,10 +111,11 @@ class Settings:
     dim: int = option(32, "channels of a token of the conv encoder", low=1, high=4096)
 
 
-# --paper: Section 4.2. What it does not mention is what Eq. 8 to 12 have: no Dice loss, no usage term, no warm-up, no threshold.
+# --paper: Section 4.2. What it does not mention is what Eq. 8 to 12 have: no Dice loss, no usage term, no warm-up, no threshold; and
+# every piece of a prediction counts.
 PAPER = {"encoder": "dinov2", "codebook_size": 16384, "eps": 0.7, "temperature": 1.0, "lambda_a": 5.0, "lambda_u": 1.0, "lambda_rec": 1.0,
          "lambda_dice": 0.0, "lambda_usage": 0.0, "warmup": 0.0, "threshold": 0.0, "alpha": 0.99, "tau": 0.07, "batch": 4, "epochs": 100.0,
-         "optimizer": "sgd", "lr": 1e-4, "weight_decay": 3e-5}
+         "optimizer": "sgd", "lr": 1e-4, "weight_decay": 3e-5, "pieces": "all"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -519,7 +520,7 @@ def build(s: Settings, device: torch.device, say=print) -> tuple[VQSeg, VQSeg, n
     fm, fm_name = (None, "none") if s.supervised else foundation_model(s, say)
     network = {"classes": s.classes, "codebook_size": s.codebook_size, "dim": s.dim, "width": s.width, "quantize": not s.supervised,
                "encoder": s.encoder, "fm_channels": fm.channels if fm else 0, "usage_weight": s.lambda_usage}
-    pretrained = pretrained_dinov2(s, download=False) if s.encoder == "dinov2" else None
+    pretrained = pretrained_dinov2(s) if s.encoder == "dinov2" else None
     torch.manual_seed(s.seed)
     student = VQSeg(**network)
     if pretrained:
@@ -556,25 +557,26 @@ def foundation_model(s: Settings, say) -> tuple[nn.Module | None, str]:
         except (*evaluate.NOT_OURS, OSError) as error:
             remedy = "give what torch.jit.trace(model, torch.zeros(1, 3, 128, 128)).save(FILE) writes"
             raise BadInput(f"--fm-weights {s.fm_weights}: no TorchScript feature extractor ({data.first_line(error)}); {remedy}") from None
-    fm = pretrained_dinov2(s, download=s.fm == "dinov2")
+    fm = pretrained_dinov2(s)
     if fm:
         return fm, f"DINOv2, {fm.channels} channels"
-    if s.fm == "dinov2":
-        raise BadInput(f"--fm dinov2: its weights cannot be had; download {OFFICIAL} elsewhere and give --fm-weights FILE")
     say("NO FOUNDATION MODEL: no DINOv2 weights at hand, so Eq. 11 is left out; --fm dinov2 downloads them, --fm-weights FILE names "
         "them, --fm none keeps quiet", flush=True)
     return None, "none (--fm auto found no weights)"
 
 
-def pretrained_dinov2(s: Settings, download: bool) -> DINOv2 | None:
-    """DINOv2 from --fm-weights, or from the official file where that is to be had."""
+def pretrained_dinov2(s: Settings) -> DINOv2 | None:
+    """DINOv2 from --fm-weights, or from the official file: where it is at hand, or downloaded with --fm dinov2."""
     path = Path(s.fm_weights) if s.fm_weights and s.fm != "torchscript" else None
     try:
-        path = path or official_weights(download)
-        return load_dinov2(path) if path else None
+        path = path or official_weights(download=s.fm == "dinov2")
+        found = load_dinov2(path) if path else None
     except (*evaluate.NOT_OURS, OSError) as error:
         where = f"--fm-weights {path}" if s.fm_weights else "DINOv2"
         raise BadInput(f"{where}: not DINOv2 weights in the official format ({data.first_line(error)}); get {OFFICIAL}") from None
+    if s.fm == "dinov2" and not found:
+        raise BadInput(f"--fm dinov2: its weights cannot be had; download {OFFICIAL} elsewhere and give --fm-weights FILE")
+    return found
 
 
 def run_folder(s: Settings, rank: int, processes: int, fm: str, cases: dict[str, list[Case]]) -> Path:

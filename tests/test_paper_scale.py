@@ -49,6 +49,8 @@ def test_dinov2_that_cannot_be_had_is_an_error_that_says_what_to_do(monkeypatch)
     monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network")))
     with pytest.raises(BadInput, match=r"--fm dinov2: its weights cannot be had; download https://.* and give --fm-weights FILE"):
         train.build(replace(SMALL, fm="dinov2"), CPU)
+    with pytest.raises(BadInput, match="its weights cannot be had"):  # nor may a baseline start from random ones beside it
+        train.build(replace(SMALL, fm="dinov2", encoder="dinov2", supervised=True), CPU)
 
 
 @pytest.mark.parametrize("fm", ["auto", "dinov2"])
@@ -93,7 +95,7 @@ def test_paper_is_section_4_2_and_flags_beside_it_win():
     stated = (s.encoder, s.codebook_size, s.eps, s.lambda_a, s.lambda_u, s.alpha, s.optimizer, s.lr, s.weight_decay, s.batch, s.epochs)
     assert stated == ("dinov2", 16384, 0.7, 5.0, 1.0, 0.99, "sgd", 1e-4, 3e-5, 4, 100)
     assert (s.minutes, s.steps, s.lambda_dice, s.lambda_usage, s.warmup, s.threshold, s.temperature) == (0, 0, 0, 0, 0, 0, 1)
-    assert all(hasattr(Settings, name) for name in train.PAPER)
+    assert s.pieces == "all" and all(hasattr(Settings, name) for name in train.PAPER)
     s = train.read_settings(["--paper", "--steps", "20", "--lr", "0.01"])
     assert (s.steps, s.epochs, s.lr, s.codebook_size) == (20, 0, 0.01, 16384)
 
