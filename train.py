@@ -329,7 +329,7 @@ def snapshot(run: Path, step: int, teacher: VQSeg, sets: list[Slices], device: t
     path = run / "codebooks.pt"
     earlier = [e for e in torch.load(path, weights_only=True) if e["step"] < step] if path.exists() else []
     save(path, earlier + [{"step": step, "codebook": teacher.quantizer.codebook.detach().cpu(), "counts": counts}])
-    return usage(torch.repeat_interleave(counts), len(counts))
+    return usage(counts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ class Record:
         line = {"step": at.step, "progress": round(at.progress, 4)}
         line |= {name: round(mean, 5) for name, mean in zip(names, means)}
         if counts.any():
-            used = usage(torch.repeat_interleave(counts), len(counts))
+            used = usage(counts)
             line |= {"utilization": round(used.utilization, 4), "perplexity": round(used.perplexity, 1)}
             self.low = self.low + 1 if used.utilization < 0.05 else 0
             if self.low == 10 and self.writes:

@@ -120,12 +120,9 @@ def usage_loss(z: Tensor, codebook: Tensor, temperature: float = 0.05, total: Ca
     return each - together
 
 
-def usage(indices: Tensor, codebook_size: int) -> Usage:
-    """Utilization and perplexity of any number of indices. Both are bounded by the number of tokens: state it."""
-    counts = torch.bincount(indices.reshape(-1), minlength=codebook_size).double()
-    if counts.sum() == 0:
-        return Usage(0.0, 0.0)
-    p = counts / counts.sum()
+def usage(counts: Tensor) -> Usage:
+    """Utilization and perplexity of a histogram of codewords (K,), not empty: few tokens cannot use many codewords."""
+    p = counts.double() / counts.sum()
     entropy = -torch.special.xlogy(p, p).sum()
     return Usage((counts > 0).double().mean().item(), entropy.exp().item())
 

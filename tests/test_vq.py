@@ -27,8 +27,8 @@ def test_eq2_under_autocast_is_off_by_no_more_than_rounded_tokens_and_restores_t
         found = vq.nearest(z, c)
     squared = torch.cdist(z.double(), c.double()).square()
     excess = squared[torch.arange(200), found] - squared.amin(1)
-    assert excess.max() <= 4 * 2**-8  # z.c is off by up to 2^-8 for vectors of length 1, once up and once down, and counts twice
-    assert excess.mean() < 1e-4 and torch.get_float32_matmul_precision() == "highest"
+    assert excess.max() <= 1e-3 and excess.mean() < 1e-4  # exactly 0 on a CPU that has no bfloat16 product
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("K", [1, 7, 12, 128, 384])
@@ -81,11 +81,11 @@ def test_usage_loss_of_two_processes_has_the_mean_assignment_of_both():
 
 
 def test_usage_by_hand():
-    used = vq.usage(torch.tensor([[0, 0], [1, 1]]), 8)
+    used = vq.usage(torch.tensor([2, 2, 0, 0, 0, 0, 0, 0]))
     assert used.utilization == 0.25 and used.perplexity == pytest.approx(2)
-    once = vq.usage(torch.tensor([0, 0, 0, 5]), 8)  # entropy of 3/4, 1/4
+    once = vq.usage(torch.tensor([3, 0, 0, 0, 0, 1, 0, 0]))  # entropy of 3/4, 1/4
     assert once.utilization == 0.25 and once.perplexity == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)))
-    assert vq.usage(torch.tensor([3, 3, 3]), 8).perplexity == pytest.approx(1)
+    assert vq.usage(torch.tensor([0, 0, 0, 3])).perplexity == pytest.approx(1)
 
 
 def test_linear_map_moves_every_codeword_and_the_frozen_table_never_moves():
