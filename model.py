@@ -11,8 +11,9 @@ The paper does not say:
   - what is quantized when a decoder has skip connections. We quantize the deepest map; the segmentation decoder also gets
     the shallower maps, unquantized, as in the authors' release. The image decoder must not, or it would copy the image.
   - how tokens are scaled. Ours go through a 1x1 convolution to few channels, lose their mean and variance per image and
-    channel, and get unit length, like the codewords. With raw features a codebook collapses; with this, all 1024
-    codewords are in use at the end of the README's ACDC run.
+    channel, and get unit length, like the codewords. With raw features a codebook collapses; with this and the usage term
+    of `vq.py`, all 1024 codewords are in use at the end of the README's ACDC run.
+  - which tokens of an unlabelled slice the image decoder gets: q(z), before QPM. Eq. 9 perturbs only what D_s gets.
   - which normalization. By batch, as the field's U-Nets do, over all processes. GroupNorm of eight groups, which takes from each slice
     its own level, was worse: after 24 minutes of one core (7 ACDC patients, width 8) 0.842 and 0.839 validation Dice against 0.850
     and 0.850 with seeds 1 and 2; in 11 minutes of `--supervised --batch 4`, 0.806 and 0.801 against 0.842 and 0.822.
@@ -41,11 +42,11 @@ from vq import VectorQuantizer, straight_through
 
 
 class Encoded(NamedTuple):
-    z: Tensor  # (B,D,h,w) tokens, h = H/16
-    skips: list[Tensor]  # shallower maps: (B,c,H/2,W/2), (B,2c,H/4,W/4), (B,4c,H/8,W/8)
+    z: Tensor  # (B,D,h,w) tokens; h = H/16, or H/14 with DINOv2
+    skips: list[Tensor]  # three shallower maps: (B,c,H/2,W/2), (B,2c,H/4,W/4), (B,4c,H/8,W/8); with DINOv2 (B,D,h,w) each
 
 
-class Total(torch.autograd.Function):
+class AllReduce(torch.autograd.Function):
     """The sum over all processes. Each has that sum in its loss, so what the sum's part here gets is the sum of their gradients."""
 
     @staticmethod
@@ -58,7 +59,7 @@ class Total(torch.autograd.Function):
 
 
 def total(x: Tensor) -> Tensor:
-    return Total.apply(x) if dist.is_initialized() else x
+    return AllReduce.apply(x) if dist.is_initialized() else x
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -82,7 +83,7 @@ class BatchNorm(nn.BatchNorm2d):
         return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def block(inputs: int, outputs: int) -> nn.Sequential:
+def conv_block(inputs: int, outputs: int) -> nn.Sequential:
     """Two 3x3 convolutions, each with BatchNorm and SiLU."""
     layers: list[nn.Module] = []
     for c in (inputs, outputs):
@@ -105,7 +106,7 @@ class Encoder(nn.Module):
     def __init__(self, width: int, dim: int):
         super().__init__()
         channels = [width, 2 * width, 4 * width, 8 * width]
-        self.levels = nn.ModuleList(block(i, o) for i, o in zip([4] + channels, channels))
+        self.levels = nn.ModuleList(conv_block(i, o) for i, o in zip([4] + channels, channels))
         self.to_tokens = nn.Conv2d(channels[-1], dim, 1, bias=False)  # unit_tokens would take a bias out again
 
     def forward(self, x: Tensor) -> Encoded:
@@ -125,7 +126,7 @@ class SegmentationDecoder(nn.Module):
         channels = [8 * width, 4 * width, 2 * width, width]
         self.from_tokens = nn.Conv2d(dim, channels[0], 1)
         self.narrow = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(channels, channels[1:]))
-        self.levels = nn.ModuleList(block(c, c) for c in channels[1:])
+        self.levels = nn.ModuleList(conv_block(c, c) for c in channels[1:])
         self.head = nn.Conv2d(width, 4 * classes, 1)
 
     def forward(self, codes: Tensor, skips: list[Tensor]) -> Tensor:
@@ -142,7 +143,7 @@ class ImageDecoder(nn.Module):
         super().__init__()
         self.stride = stride
         self.from_tokens = nn.Conv2d(dim, 4 * width, 1)
-        self.levels = nn.ModuleList([block(4 * width, 2 * width), block(2 * width, width)])
+        self.levels = nn.ModuleList([conv_block(4 * width, 2 * width), conv_block(2 * width, width)])
         self.head = nn.Conv2d(width, 16, 1)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -408,10 +409,10 @@ class VQSeg(nn.Module):
 
     def perturb(self, z: Tensor, codes: Tensor, indices: Tensor, how: str, eps: float, temperature: float,
                 generator: torch.Generator | None = None, codebook: Tensor | None = None) -> Tensor:
-        """q'(z), what the segmentation decoder gets for an unlabelled strong view; backward the identity to z.
+        """q'(z), what the segmentation decoder gets for an unlabelled strong view.
 
-        z and codes (B,D,h,w), indices (B,h,w) -> (B,D,h,w); a codebook at hand saves computing it again. Only dropout acts on
-        the codes' numbers, as in Section 3.2.
+        z and codes (B,D,h,w), indices (B,h,w) -> (B,D,h,w); a codebook at hand saves computing it again. Backward the identity to
+        z, but for dropout, which acts on the codes' numbers, as in Section 3.2, and masks their gradient too.
         """
         if how == "none":
             return codes
@@ -475,13 +476,13 @@ def main() -> None:
         perturbed = model.segmentation_decoder(codes, skips).argmax(1)[0]
         pictures.append((f"QPM, eps = {eps}: {(perturbed != plain).double().mean():.1%} differ", perturbed, None))
     figure, axes = plt.subplots(1, len(pictures), figsize=(15, 2.6), layout="constrained")
-    K = saved["network"]["classes"]
-    classes = ListedColormap(["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#F0E442"][:K])
+    C = saved["network"]["classes"]
+    classes = ListedColormap(["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#F0E442"][:C])
     for axis, (title, picture, colors) in zip(axes, pictures):
         if colors:
             axis.imshow(picture, cmap=colors, vmin=0 if colors == "gray" else None, vmax=1 if colors == "gray" else None)
         else:
-            axis.imshow(picture, cmap=classes, vmin=0, vmax=K - 1, interpolation="nearest")
+            axis.imshow(picture, cmap=classes, vmin=0, vmax=C - 1, interpolation="nearest")
         axis.set_title(title, fontsize=8)
         axis.set(xticks=[], yticks=[])
     figure.savefig(args.out, dpi=75)

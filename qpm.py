@@ -121,8 +121,8 @@ def propose(indices: Tensor, codebook: Tensor, temperature: float, uniform: Tens
     the distribution of Eq. 4, with no Z_i. uniform (N, 2 * PROPOSALS): to propose, and to accept. With codewords of unit length and
     T = 1 a quarter is accepted, so that 16 proposals fail one token in a hundred; with a small T they fail nearly all.
     """
-    propose, accept = uniform.chunk(2, dim=1)  # (N,PROPOSALS) each
-    j = (propose * (len(codebook) - 1)).long()
+    pick, accept = uniform.chunk(2, dim=1)  # (N,PROPOSALS) each
+    j = (pick * (len(codebook) - 1)).long()
     j += j >= indices[:, None]  # passes over i itself
     d = torch.linalg.vector_norm(codebook[j] - codebook[indices][:, None], dim=2)  # (N,PROPOSALS)
     accepted = accept < torch.exp(-d / temperature)
@@ -176,7 +176,10 @@ def shuffle(indices: Tensor, eps: float, generator: torch.Generator | None = Non
 
 
 def dropout(codes: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """What Section 3.2 argues against: each number of q(z) is zeroed with probability p, the others scaled by 1/(1-p)."""
+    """Each number of q(z) is zeroed with probability p, the others scaled by 1/(1-p): nn.Dropout with a generator.
+
+    Section 3.2 argues against dropout without that scaling; see `dropout_kl`.
+    """
     if not 0 <= p <= 1:
         raise ValueError(f"dropout rate must lie in [0, 1], not {p}")
     kept = torch.rand(codes.shape, generator=generator, device=codes.device) >= p

@@ -11,6 +11,7 @@ Names: l labelled, u unlabelled weak view, a unlabelled strong view; x image, y 
 The paper does not say:
   - which unlabelled view enters the student. The strong one, x_a: its tokens are perturbed, its pseudo-label comes from the
     teacher's look at the weak view x_u, and its image branch must give back x_u, as Eq. 9 has it.
+  - which view of a labelled slice. The strong one too: x_l is that in all of Eq. 8 and in Eq. 11.
   - any warm-up before the unlabelled loss or threshold on pseudo-labels: `--warmup` and `--threshold`.
   - the weight of the quantizer's own loss: `--lambda-vq`.
   - what an epoch is, or which decay its "decay 3e-5" is: a pass over the unlabelled slices, and SGD's weight decay (with
@@ -161,7 +162,7 @@ def vqseg_loss(s: Settings, student: VQSeg, teacher: VQSeg, fm: nn.Module | None
     if lambda_u:
         l_u = losses.unlabelled_loss(x_hat[B:], x_u, y_hat[B:], pseudo, s.lambda_rec, s.lambda_dice, total)
     l_db = losses.dual_branch_loss(l_l.total, l_u.total, lambda_u)
-    # 6. Tokens align with the frozen model's features of the undisturbed slices, one pass for all, Eq. 11; the sum is Eq. 12.
+    # 6. Tokens align with the frozen model's features of x_l and of the undisturbed x_u, one pass for all, Eq. 11; the sum is Eq. 12.
     l_align = zero
     if fm is not None and s.lambda_a:
         with torch.no_grad():

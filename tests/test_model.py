@@ -26,14 +26,7 @@ def test_eq7_both_branches_give_back_the_size_of_the_image(H, W):
     assert model.image_decoder(q.codes).shape == (2, 1, H, W)
 
 
-def test_eq7_image_decoder_depends_on_the_image_through_the_codes_alone():
-    model, x = small(), torch.rand(2, 1, 64, 64)
-    q = model.quantizer(model.encoder(x).z)
-    model.image_decoder(q.codes.detach()).sum().backward()
-    assert all(p.grad is None for p in model.encoder.parameters())
-
-
-def test_tokens_have_unit_length_and_no_mean_direction_per_image():
+def test_tokens_have_unit_length():
     z = small().encoder(torch.rand(2, 1, 128, 128)).z
     assert torch.allclose(z.norm(dim=1), torch.ones(2, 8, 8), atol=1e-5)
 
