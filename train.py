@@ -82,7 +82,8 @@ class Settings:
     # the method, a switch for every part
     paper: bool = option(False, "everything that Section 4.2 states (PAPER, below); flags given beside it win")
     supervised: bool = option(False, "the baseline: L_seg of Eq. 8 only, on the same network without quantizer and image branch")
-    perturb: str = option("qpm", "qpm: Eq. 4; shuffle: the abstract; dropout: Section 3.2; none", ["qpm", "shuffle", "dropout", "none"])
+    perturb: str = option("qpm", "qpm: Eq. 4; shuffle: the abstract; dropout: Section 3.2, as nn.Dropout does it; none",
+                          ["qpm", "shuffle", "dropout", "none"])  # fmt: skip
     eps: float = option(0.7, "strength of the perturbation", low=0, high=1)
     temperature: float = option(1.0, "T, divides the distance in Eq. 4; inf = uniform replacement")
     codebook_size: int = option(1024, "K (the paper: 16384 with DINOv2)", low=2, high=2**20)
