@@ -117,7 +117,7 @@ def test_several_runs_from_the_command_line_and_runs_that_have_no_mean(pair, run
     train_run(pair, tmp_path / "other", data=str(pair), view=96, steps=1, fm="none")
     capsys.readouterr()
     assert call(monkeypatch, runs / "a1", tmp_path / "other", "--predict", scan, "--out", tmp_path / "no.nii.gz") == 2
-    assert "its classes, --window or --view are not those of" in capsys.readouterr().err
+    assert "its classes, --window, --view or --pieces are not those of" in capsys.readouterr().err
 
 
 def test_a_folder_goes_on_over_bad_files_and_leaves_alone_what_is_there(pair, runs, tmp_path, monkeypatch, capsys):
@@ -352,12 +352,13 @@ def test_runs_that_scale_intensities_differently_have_no_mean_and_no_common_figu
     window = copied(runs / "a2", tmp_path / "window", window="0,1000")
     lesion, ct = copied(runs / "a1", tmp_path / "x", classes=2), copied(runs / "a2", tmp_path / "y", data="lc", classes=2)
     scan = pair / "images" / "patient003_frame01.nii.gz"
-    for first, second in ((runs / "a1", window), (lesion, ct)):  # lc's window is its default, and stands in no setting
+    piece = copied(runs / "a2", tmp_path / "piece", pieces="largest")
+    for first, second in ((runs / "a1", window), (runs / "a1", piece), (lesion, ct)):  # lc's window is its default, and stands in no setting
         assert call(monkeypatch, first, second, "--predict", scan, "--out", tmp_path / "seg.nii.gz") == 2
         said = capsys.readouterr().err
-        assert f"{second}: its classes, --window or --view are not those of {first}" in said and said.count("\n") == 1
+        assert f"{second}: its classes, --window, --view or --pieces are not those of {first}" in said and said.count("\n") == 1
     assert call(monkeypatch, runs / "a1", window, "--csv", tmp_path / "t.csv", "--figure", tmp_path / "t.png") == 2
-    assert "its classes, --window or --view" in capsys.readouterr().err and not (tmp_path / "t.png").exists()
+    assert "its classes, --window, --view" in capsys.readouterr().err and not (tmp_path / "t.png").exists()
 
 
 def test_figure_over_runs_has_a_row_for_each_also_where_folders_have_the_same_name(pair, runs, tmp_path, monkeypatch):
