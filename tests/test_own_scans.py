@@ -353,7 +353,7 @@ def test_runs_that_scale_intensities_differently_have_no_mean_and_no_common_figu
     lesion, ct = copied(runs / "a1", tmp_path / "x", classes=2), copied(runs / "a2", tmp_path / "y", data="lc", classes=2)
     scan = pair / "images" / "patient003_frame01.nii.gz"
     piece = copied(runs / "a2", tmp_path / "piece", pieces="largest")
-    for first, second in ((runs / "a1", window), (runs / "a1", piece), (lesion, ct)):  # lc's window is its default, and stands in no setting
+    for first, second in ((runs / "a1", window), (runs / "a1", piece), (lesion, ct)):  # lc's window is its default, in no setting
         assert call(monkeypatch, first, second, "--predict", scan, "--out", tmp_path / "seg.nii.gz") == 2
         said = capsys.readouterr().err
         assert f"{second}: its classes, --window, --view or --pieces are not those of {first}" in said and said.count("\n") == 1
