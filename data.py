@@ -119,8 +119,8 @@ def open_nifti(path: Path, frame: int | None = None) -> Volume:
     try:
         file = nib.load(path, keep_file_open=True)  # or each part of a .nii.gz would be unpacked from its beginning
         shape, header = file.shape, file.header
-        spacing, (qform, code) = tuple(float(s) for s in header.get_zooms()[:3])[::-1], header.get_qform(coded=True)
-        affines = (file.affine, qform) if code else (file.affine,)
+        spacing, (qform, stated) = tuple(float(s) for s in header.get_zooms()[:3])[::-1], header.get_qform(coded=True)
+        affines = (file.affine, qform) if stated else (file.affine,)
         axes = "".join(code or "?" for code in nib.aff2axcodes(file.affine))
     except Exception as error:
         raise unreadable(path, error) from None

@@ -258,7 +258,7 @@ def predict_all(models: list[Model], source: Path, out: Path, saved: dict, devic
     files, bad = data.nifti_files(data.contents(source)), 0
     if not files:
         raise BadInput(f"--predict {source}: no .nii or .nii.gz file in it; give the folder that holds the scans")
-    below = len(data.nifti_files(source.rglob("*"))) - len(files)
+    below = len(data.nifti_files(f for f in source.rglob("*") if not f.is_relative_to(out))) - len(files)
     if below:
         print(f"WARNING: {source}: {below} NIfTI files in folders below it are left alone; give each such folder by itself", flush=True)
     if out.exists() and (not out.is_dir() or out.samefile(source)):
