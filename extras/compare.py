@@ -1,0 +1,277 @@
+"""One table over runs, and the paired t-test of Appendix D.
+
+    python -m extras.compare RUN_OR_CSV ... [--records FILE]
+    python -m extras.compare RUN_OR_CSV ... --pairs "qpm default,base none"
+    python -m extras.compare RUN_OR_CSV ... --sweep eps --figure FILE
+
+Implements Appendix D, the paired two-tailed t-test. Runs that differ in nothing but the seed are a
+row of the table; a pair is two runs of the same seed, and the test is on their validation Dice.
+The paper does not say what a pair is, and does not correct for making many tests. Beside p stands
+Holm's correction over the rows of the table.
+
+Of a run only config.json, log.jsonl and val.csv are read. `--records` writes what the table needs
+into one CSV, which is taken in place of the runs.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data import BadInput
+from evaluate import METRICS, Row, class_means
+
+NEUTRAL = {"seed", "device", "root", "out", "resume", "compile"}  # do not change what is learned
+
+
+class Record(NamedTuple):
+    """What a table needs of a run: a line of results/*.csv."""
+
+    run: str  # the name of its folder
+    commit: str
+    seed: int
+    fm: str  # foundation model
+    settings: str  # JSON, without NEUTRAL
+    dice: float  # mean over validation volumes, then over classes; so the next three
+    jaccard: float
+    hd95: float  # voxels
+    asd: float
+    empty: int  # how often nothing of a class was predicted that is there,
+    scored: int  # out of so many classes of volumes
+    utilization: float  # share of the codewords in use at the end of training; nan without codebook
+    perplexity: float
+    best_step: int  # of the teacher that is scored
+    val_log: str  # JSON, the validations: [{"step": ..., "val_dice": ...}, ...]
+
+
+def read_run(run: Path) -> Record:
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    text = (run / "log.jsonl").read_text(encoding="utf-8")
+    log = [json.loads(line) for line in text.splitlines()]
+    rows = []
+    with open(run / "val.csv", newline="", encoding="utf-8") as file:
+        for x in csv.DictReader(file):
+            scores = [float(x[metric]) for metric in METRICS]
+            rows.append(Row(x["case"], x["label"], *scores, empty=x["empty"] == "True"))
+    settings = config["settings"] | {"processes": config.get("processes", 1)}
+    learned = {name: value for name, value in settings.items() if name not in NEUTRAL}
+    val_log = [line for line in log if "val_dice" in line]
+    best = max(val_log, key=lambda line: line["val_dice"])
+    usage = [(line["used"], line["perplexity"]) for line in log if "used" in line]
+    usage = usage or [(math.nan, math.nan)]
+    means = [round(value, 5) for value in class_means(rows)["mean"]]
+    return Record(run.resolve().name, config["commit"], settings["seed"], config["fm"],
+                  json.dumps(learned), *means, sum(row.empty for row in rows), len(rows),
+                  *usage[-1], best["step"], json.dumps(val_log))
+
+
+def read_records(path: Path) -> list[Record]:
+    """The lines of a CSV of --records."""
+    kinds = Record.__annotations__
+    records = []
+    with open(path, newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            record = Record(**{name: kinds[name](value) for name, value in line.items()})
+            json.loads(record.settings)  # raises where it is damaged
+            records.append(record)
+    if not records:
+        raise ValueError("no lines")
+    return records
+
+
+def read_all(paths: list[Path]) -> list[Record]:
+    """The records of run folders and CSVs. A line that several CSVs hold counts once."""
+    runs = []
+    lines = {}
+    for path in paths:
+        try:
+            if path.suffix == ".csv":
+                lines |= {str(record): record for record in read_records(path)}
+            else:
+                runs.append(read_run(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            kinds = "neither a finished run of train.py nor a CSV of --records"
+            raise BadInput(f"{path}: {kinds} ({error!r}); finish it or leave it out") from None
+    return [*lines.values(), *runs]
+
+
+def t_test(a: list[float], b: list[float]) -> float:
+    """Appendix D: p of the paired two-tailed t-test; nan for under two pairs or equal differences.
+
+    Student's distribution is in closed form for n whole degrees of freedom (Abramowitz and Stegun
+    26.7.3 and 26.7.4).
+    """
+    difference = np.subtract(a, b)
+    n = len(difference) - 1
+    if n < 1 or np.ptp(difference) < 1e-12:
+        return math.nan
+    t = abs(difference.mean()) / (difference.std(ddof=1) / math.sqrt(n + 1))
+    theta = math.atan(t / math.sqrt(n))
+    # n odd: cos + 2/3 cos^3 + 2/3 4/5 cos^5 + ...; n even: 1 + 1/2 cos^2 + 1/2 3/4 cos^4 + ...
+    term = math.cos(theta) if n % 2 else 1.0
+    series = 0.0
+    for k in range(n % 2, n, 2):
+        series += term
+        term *= (k + 1) / (k + 2) * math.cos(theta) ** 2
+    inside = math.sin(theta) * series
+    if n % 2:
+        inside = 2 / math.pi * (theta + inside)
+    return max(0.0, 1 - inside)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Each p corrected for that so many tests were made, by Holm. nan is no test, and stays nan."""
+    tests = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    corrected = [math.nan] * len(p_values)
+    highest = 0.0
+    for rank, (p, i) in enumerate(tests):
+        highest = max(highest, min(1.0, p * (len(tests) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
+def paired(records: list[Record], more: list[str], less: list[str]) -> tuple:
+    """Mean and std of the difference in Dice, p, and the number of pairs.
+
+    A pair is the run more[i]-SEED and the run less[i]-SEED, for each i and each seed of both.
+    """
+    dice = {(r.run.rpartition("-")[0], r.seed): r.dice for r in records}
+    names = f"{' '.join(more)},{' '.join(less)}"
+    if len(dice) < len(records):
+        raise BadInput(f"--pairs {names}: two runs have the same name and seed; leave one out")
+    if len(more) != len(less):
+        raise BadInput(f"--pairs {names}: give as many names before the comma as after it")
+    pairs = []
+    for a, b in zip(more, less):
+        seeds = [seed for name, seed in dice if name == a and (b, seed) in dice]
+        pairs += [(dice[a, seed], dice[b, seed]) for seed in seeds]
+    if not pairs:
+        raise BadInput(f"--pairs {names}: no pair NAME-SEED; name runs that have a common seed")
+    a, b = np.transpose(pairs)
+    std = (a - b).std(ddof=1) if len(pairs) > 1 else math.nan
+    return (a - b).mean(), std, t_test(a, b), len(pairs)
+
+
+def by_settings(records: list[Record]) -> list[tuple[dict, dict[int, Record]]]:
+    """The rows of a table: of the settings those in which rows differ, and the runs by seed."""
+    groups: dict[str, dict[int, Record]] = {}
+    for record in records:
+        key = json.dumps([record.fm, json.loads(record.settings)], sort_keys=True)
+        seeds = groups.setdefault(key, {})
+        if record.seed in seeds:
+            twin = seeds[record.seed].run
+            raise BadInput(f"{record.run}: has the settings and the seed of {twin}; leave one out")
+        seeds[record.seed] = record
+    settings = [json.loads(key)[1] for key in groups]
+    names = dict.fromkeys(name for s in settings for name in s)
+    differ = [name for name in names if len({json.dumps(s.get(name)) for s in settings}) > 1]
+    return [({k: s.get(k) for k in differ}, seeds) for s, seeds in zip(settings, groups.values())]
+
+
+def table(records: list[Record]) -> list[list[str]]:
+    """Head and rows: mean +- standard deviation over seeds, and p against the first row."""
+    groups = by_settings(records)
+    first = groups[0][1]
+    p_values = []
+    for _, seeds in groups:
+        common = seeds.keys() & first.keys()
+        p_values.append(t_test([seeds[k].dice for k in common], [first[k].dice for k in common]))
+    head = [*groups[0][0], "foundation model", "seeds", "Dice", "Jaccard", "HD95 (voxels)",
+            "ASD (voxels)", "codewords in use", "empty predictions", "p against the first row"]
+    rows = []
+    for (differ, seeds), *tests in zip(groups, p_values, holm(p_values)):
+        runs = list(seeds.values())
+        row = [*map(str, differ.values()), runs[0].fm, " ".join(map(str, sorted(seeds)))]
+        for name in (*METRICS, "utilization"):
+            row.append(mean_std([getattr(run, name) for run in runs]))
+        row.append(f"{sum(run.empty for run in runs)} of {sum(run.scored for run in runs)}")
+        row += ["-" if math.isnan(p) else f"{p:.2g}" for p in tests]
+        rows.append(row if len(groups) > 2 else row[:-1])
+    return [[*head, "p by Holm"] if len(groups) > 2 else head, *rows]
+
+
+def mean_std(values: list[float]) -> str:
+    mean = np.mean(values)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.4f}" + (f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+
+
+def draw_sweep(records: list[Record], name: str, path: Path) -> None:
+    """Dice against the setting `name`: a curve for each other setting, dashed if constant."""
+    from matplotlib.figure import Figure
+
+    groups = by_settings(records)
+    if name not in groups[0][0]:
+        others = ", ".join(groups[0][0]) or "nothing"
+        raise BadInput(f"--sweep {name}: the runs do not differ in it, but in {others}; name one")
+    if not all(isinstance(differ[name], int | float) for differ, _ in groups):
+        raise BadInput(f"--sweep {name}: is not a number; name a setting that is")
+    places = sorted({differ[name] for differ, _ in groups})  # equally far apart: T goes up to inf
+    curves: dict[str, dict] = {}
+    for differ, seeds in groups:
+        label = ", ".join(f"{k} {v}" for k, v in differ.items() if k != name) or "Dice"
+        curves.setdefault(label, {})[differ[name]] = [run.dice for run in seeds.values()]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for number, (label, curve) in enumerate(curves.items()):
+        how = {"color": f"C{number}", "label": label}
+        x = sorted(curve)
+        mean = [np.mean(curve[k]) for k in x]
+        std = [np.std(curve[k], ddof=1) if len(curve[k]) > 1 else 0 for k in x]
+        if len(x) == 1:  # such as no perturbation, whose strength has no effect
+            axis.axhline(mean[0], linestyle="--", **how)
+        else:
+            axis.errorbar([places.index(k) for k in x], mean, std, marker="o", capsize=3, **how)
+    axis.set(xticks=range(len(places)), xticklabels=[f"{k:g}" for k in places], xlabel=name)
+    axis.set_ylabel("validation Dice, mean and std over seeds")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def run_command(args: argparse.Namespace) -> None:
+    if bool(args.sweep) != bool(args.figure):
+        raise BadInput("--sweep and --figure: give both, the setting and where its figure goes")
+    if args.figure and args.figure.suffix not in (".png", ".pdf", ".svg"):
+        raise BadInput(f"--figure {args.figure}: must end in .png, .pdf or .svg")
+    if args.records and args.records.exists():
+        raise BadInput(f"--records {args.records}: already exists; not overwriting; rename it")
+    records = read_all(args.runs)
+    for names in args.pairs:
+        more, _, less = names.partition(",")
+        mean, std, p, n = paired(records, more.split(), less.split())
+        print(f"{more} - {less}: {mean:+.4f} +- {std:.4f} (n {n}, p {p:.2g})")
+    if not args.pairs:
+        head, *rows = table(records)
+        for line in [head, ["---"] * len(head), *rows]:
+            print(f"| {' | '.join(line)} |")
+    if args.records:
+        with open(args.records, "x", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([Record._fields, *records])
+    if args.sweep:
+        draw_sweep(records, args.sweep, args.figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_OR_CSV",
+                        help="run folder of train.py, or CSV of --records")
+    parser.add_argument("--records", type=Path, help="write a line for each run into this CSV")
+    parser.add_argument("--pairs", action="append", default=[], metavar='"A B,C D"',
+                        help="no table, but the runs A-SEED and B-SEED against C-SEED and D-SEED")
+    parser.add_argument("--sweep", metavar="SETTING", help="setting for the x axis of --figure")
+    parser.add_argument("--figure", type=Path, help="draw Dice against --sweep into this file")
+    try:
+        run_command(parser.parse_args())
+    except (BadInput, OSError) as error:
+        print(f"extras.compare: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Segmenting new scans with the best teacher of a run, or with the mean of several runs.
+
+    python -m extras.predict RUN [RUN ...] --scan FILE --out FILE        one NIfTI scan
+    python -m extras.predict RUN [RUN ...] --scan FOLDER --out FOLDER    all NIfTI scans of a folder
+
+Goes beyond the paper, which scores its test set (Section 4.1) and says nothing about new scans. The
+mean over runs, `--tta` and `--keep-largest` are not in the field's protocol of evaluation either.
+
+A scan has the shape (x,y,z), or (x,y,z,t): then each time point is a volume of its own. Slices lie
+along z and are taken as stored, so store a scan in the orientation of the training scans. The
+segmentation has the scan's shape, sform, qform, zooms and units; a picture lies beside it.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import data
+import evaluate
+from data import BadInput
+from evaluate import Model
+from extras.figures import legend, show
+
+NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
+# Test-time augmentation: rotations (radians) and scales, well inside of what training shows.
+TTA = [(angle, zoom) for angle in (-0.3, 0.0, 0.3) for zoom in (0.9, 1.0, 1.1)]
+
+
+def rotate_zoom(x: Tensor, angle: float, zoom: float) -> Tensor:
+    """(B,C,H,W) rotated (radians) and scaled about its center; (-angle, 1/zoom) undoes it."""
+    cos = math.cos(angle) / zoom
+    sin = math.sin(angle) / zoom
+    theta = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]], device=x.device)
+    grid = F.affine_grid(theta.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def with_tta(model: Model) -> Model:
+    """The model with test-time augmentation: the mean probabilities over TTA, each rotated back.
+
+    Returns their logarithm, of which the softmax in `evaluate.predict` is the mean again.
+    """
+
+    def augmented(x: Tensor) -> Tensor:
+        p = 0.0
+        for angle, zoom in TTA:
+            probabilities = model(rotate_zoom(x, angle, zoom)).float().softmax(1)
+            p = p + rotate_zoom(probabilities, -angle, 1 / zoom)
+        return (p / len(TTA)).log()
+
+    return augmented
+
+
+def mean_of(models: list[Model]) -> Model:
+    """The ensemble: the logarithm of the mean probabilities of several models."""
+
+    def ensemble(x: Tensor) -> Tensor:
+        probabilities = [model(x).float().softmax(1) for model in models]
+        return torch.stack(probabilities).mean(0).log()
+
+    return ensemble if len(models) > 1 else models[0]
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest of the face-connected components of a (Z,H,W) boolean mask."""
+    if not mask.any():
+        return mask
+    box = evaluate.bounding_box(mask)
+    inside = mask[box]
+    label = np.arange(1, inside.size + 1).reshape(inside.shape) * inside
+    before = None
+    # Each voxel takes the highest label on the lines through it within the mask, until all agree.
+    while not np.array_equal(label, before):
+        before = label
+        for axis in (0, 0, 1, 1, 2, 2):  # twice each: forward and backward
+            # A running maximum that begins anew after each gap.
+            gaps = np.cumsum(~inside, axis) * (inside.size + 1)
+            label = np.flip((np.maximum.accumulate(label + gaps, axis) - gaps) * inside, axis)
+            inside = np.flip(inside, axis)
+    values, counts = np.unique(label[inside], return_counts=True)
+    largest = np.zeros_like(mask)
+    largest[box] = label == values[counts.argmax()]
+    return largest
+
+
+def keep_largest(volume: np.ndarray) -> np.ndarray:
+    """(Z,H,W) labels: of each class only the largest connected component, the rest background."""
+    kept = np.zeros_like(volume)
+    for k in np.unique(volume[volume > 0]):
+        kept[largest_component(volume == k)] = k
+    return kept
+
+
+@torch.no_grad()
+def probabilities(model: Model, images: Tensor, shape: tuple[int, int], crop: int,
+                  device: torch.device) -> np.ndarray:
+    """`evaluate.predict` without its argmax: (Z,G,G) -> (Z,C,H,W) float32 at native size."""
+    parts = []
+    for chunk in images.split(8):
+        x = data.crop_center(chunk.to(device), crop)[:, None]  # (b,1,crop,crop)
+        parts.append(data.to_native(model(x).float().softmax(1), shape).cpu())
+    return torch.cat(parts).numpy()
+
+
+def load_runs(runs: list[Path], device: torch.device) -> tuple[list[Model], dict]:
+    """The teachers of runs that see a scan alike, and the checkpoint of the first."""
+    loaded = [evaluate.load_run(run, device) for run in runs]
+    first = loaded[0][1]
+    for run, (_, saved) in zip(runs, loaded):
+        for key in ("labels", "window", "eval_crop"):
+            if saved[key] != first[key]:
+                differ = f"its {key} is {saved[key]}, but {first[key]} in {runs[0]}"
+                raise BadInput(f"{run}: {differ}; give runs that have it in common")
+    return [model.predict for model, _ in loaded], first
+
+
+def read_scan(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
+    """A NIfTI file and its voxels as (T,Z,H,W); T is 1 for a scan without time."""
+    try:
+        file = nib.load(path)
+        voxels = np.asarray(file.dataobj)
+    except Exception as error:  # a damaged file can fail in any way
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise BadInput(f"{path}: cannot be read as NIfTI ({reason}); copy the file again") from None
+    if voxels.ndim not in (3, 4) or 0 in voxels.shape:
+        raise BadInput(f"{path}: has shape {voxels.shape}; store it as (x, y, z) or (x, y, z, t)")
+    if voxels.dtype.kind not in "iuf" or not np.isfinite(voxels).all():
+        raise BadInput(f"{path}: holds voxels that are no finite numbers; replace them")
+    return file, voxels.reshape(*voxels.shape[:3], -1).T
+
+
+def like(file: nib.Nifti1Image, voxels: np.ndarray, kind: np.dtype) -> nib.Nifti1Image:
+    """Voxels of data type `kind` with the header of a scan."""
+    header = file.header.copy()
+    header.set_data_dtype(kind)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # they are of the scan's intensities
+    # From an affine nibabel may derive a new sform and qform; without one it leaves the header's.
+    return type(file)(voxels.astype(kind), None, header)
+
+
+def draw(path: Path, volume: np.ndarray, labels: np.ndarray, names: list[str], aspect: float):
+    """Six slices of a volume (Z,H,W) in [0,1], without and with labels. aspect: a pixel's dy/dx."""
+    shown = np.unique(np.linspace(0, len(volume) - 1, 6).round().astype(int))
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    for column, z in enumerate(shown):
+        axes[0, column].set_title(f"slice {z + 1} of {len(volume)}", fontsize=8)
+        show(axes[0, column], volume[z], None, len(names), aspect)
+        show(axes[1, column], volume[z], labels[z], len(names), aspect)
+    legend(figure, names)
+    figure.savefig(path, dpi=75)
+
+
+def predict_file(model: Model, saved: dict, scan: Path, out: Path, device: torch.device,
+                 largest: bool = False, with_probabilities: bool = False) -> str:
+    """Segments a scan into the file `out`; returns the milliliters of each class as text."""
+    names, crop = saved["labels"], saved["eval_crop"]
+    stem = NIFTI.sub("", out.name)
+    outputs = [out.name, f"{stem}.png", f"{stem}_prob.nii.gz"][: 3 if with_probabilities else 2]
+    for path in map(out.with_name, outputs):
+        if path.exists():
+            raise BadInput(f"{path}: already exists; not overwriting; change --out or remove it")
+    file, series = read_scan(scan)
+    if with_probabilities and len(series) > 1:
+        raise BadInput(f"{scan}: has {len(series)} time points; --probabilities needs one")
+    shape = series.shape[2:]
+    found = []
+    for volume in series:
+        images = data.to_grid(torch.from_numpy(data.scale(volume, saved["window"])))
+        labels = evaluate.predict(model, images, shape, crop, device)
+        found.append(keep_largest(labels) if largest else labels)
+
+    kind = file.get_data_dtype()
+    if kind.kind not in "iu" or np.iinfo(kind).max < len(names) - 1:
+        kind = np.dtype(np.uint8)
+    voxels = np.stack(found).T.reshape(file.shape)  # (T,Z,H,W) -> (x,y,z), or (x,y,z,T)
+    dx, dy, dz = (float(side) for side in file.header.get_zooms()[:3])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: files move out of a hidden folder when all of them are written.
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as folder:
+            paths = [Path(folder, name) for name in outputs]
+            nib.save(like(file, voxels, kind), paths[0])
+            draw(paths[1], data.scale(series[0], saved["window"]), found[0], names, dy / dx)
+            if with_probabilities:
+                p = probabilities(model, images, shape, crop, device)  # (Z,C,H,W)
+                nib.save(like(file, p.transpose(3, 2, 0, 1), np.dtype(np.float32)), paths[2])
+            for path in paths:
+                os.replace(path, out.with_name(path.name))
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInput(f"{out}: cannot be written ({reason}); make room or change --out") from None
+    return milliliters(found, dx * dy * dz, names)
+
+
+def milliliters(found: list[np.ndarray], voxel: float, names: list[str]) -> str:
+    """The size of each class at each time point. voxel: the size of one in mm^3."""
+    sizes = []
+    for k, name in enumerate(names[1:], start=1):
+        numbers = [f"{(labels == k).sum() * voxel / 1000:.1f}" for labels in found]
+        sizes.append(f"{name} {' '.join(numbers)} ml")
+    return ", ".join(sizes)
+
+
+def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
+    """Each scan, and where its segmentation goes."""
+    if not scan.is_dir():
+        for flag, path in (("--scan", scan), ("--out", out)):
+            if not NIFTI.search(path.name) or path.is_dir():
+                raise BadInput(f"{flag} {path}: must be a .nii or .nii.gz file, or both be folders")
+        return [(scan, out)]
+    if out.exists() and (not out.is_dir() or out.samefile(scan)):
+        raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
+    files = [f for f in sorted(scan.rglob("*")) if f.is_file()]
+    files = [f for f in files if not f.resolve().is_relative_to(out.resolve())]
+    files = [f for f in files if not any(name[0] == "." for name in f.relative_to(scan).parts)]
+    nifti = [f for f in files if NIFTI.search(f.name)]
+    scans = [f for f in nifti if f.parent == scan]
+    if not scans:
+        raise BadInput(f"--scan {scan}: holds no .nii or .nii.gz file; give the folder that does")
+    other = sum(f.parent == scan for f in files) - len(scans)
+    if other or len(nifti) > len(scans):
+        print(f"{scan}: left alone: {other} files of other types, {len(nifti) - len(scans)} NIfTI "
+              "files in subfolders")
+    return [(f, out / f.name) for f in scans]
+
+
+def predict_all(args: argparse.Namespace) -> int:
+    """Segments a scan or a folder of scans; returns how many could not be segmented."""
+    several = args.scan.is_dir()
+    if several and args.probabilities:
+        raise BadInput("--probabilities: needs a single scan; give a file as --scan")
+    pairs = pair_files(args.scan, args.out)
+    device = evaluate.join_processes(args.device)[2]
+    models, saved = load_runs(args.runs, device)
+    model = with_tta(mean_of(models)) if args.tta else mean_of(models)
+    bad = 0
+    for i, (scan, out) in enumerate(pairs, start=1):
+        try:
+            result = "already exists; not overwriting"
+            if not (several and out.exists()):
+                result = predict_file(model, saved, scan, out, device, args.keep_largest,
+                                      args.probabilities)
+            print(f"{i} of {len(pairs)}: {out}: {result}", flush=True)
+        except BadInput as error:
+            print(f"extras.predict: {error}", file=sys.stderr, flush=True)
+            bad += 1
+    return bad
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of train.py")
+    parser.add_argument("--scan", type=Path, required=True, help="NIfTI file, or a folder of them")
+    parser.add_argument("--out", type=Path, required=True, help="file, or folder, for the result")
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation: nine views")
+    parser.add_argument("--keep-largest", action="store_true", help="of each class one component")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--probabilities", action="store_true", help="also write NAME_prob.nii.gz")
+    try:
+        bad = predict_all(parser.parse_args())
+    except (BadInput, OSError) as error:
+        print(f"extras.predict: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(2 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What needs real processes: two of them as torchrun starts them, and runs that are killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import data
+import train
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--steps", "6", "--batch", "2", "--width", "4", "--codebook-size", "16", "--fm", "none",
+         "--device", "cpu"]
+FEW = {"train": ["001", "002", "003", "004"], "val": ["005"], "test": ["006"]}
+
+
+def process(rank: int, port: int, folder: str) -> None:
+    """One of two processes: trains, then writes the weights that its student ends with."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    data.PHANTOM_SPLIT = FEW
+    students = []
+    update = train.ema_update
+
+    def remember(teacher, student, alpha):
+        students[:] = [student]
+        update(teacher, student, alpha)
+
+    train.ema_update = remember
+    train.train(train.read_settings([*SMALL, "--out", f"{folder}/run"]))
+    weights = {name: p.detach() for name, p in students[0].named_parameters()}
+    torch.save(weights, f"{folder}/{rank}.pt")
+
+
+def test_two_processes_end_with_equal_weights_and_one_run_folder(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(process, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "run" / "val.csv").exists()
+
+
+def start(flags: list[str]) -> subprocess.Popen:
+    """train.py on few phantoms, in a process of its own."""
+    code = f"import data, train; data.PHANTOM_SPLIT = {FEW}; train.train(train.read_settings())"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_run_that_is_killed_three_times_ends_bitwise_like_one_that_is_not(tmp_path):
+    flags = ["--steps", "60", *SMALL[2:]]
+    assert start([*flags, "--out", str(tmp_path / "whole")]).wait() == 0
+    killed = tmp_path / "killed"
+    run = start([*flags, "--out", str(killed)])
+    for kill in range(3):
+        before = time.time()
+        while run.poll() is None and time.time() < before + 60:
+            saved = killed / "last.pt"
+            if saved.exists() and saved.stat().st_mtime > before:
+                break
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        run = start(["--resume", str(killed)])
+    assert run.wait() == 0
+    whole, resumed = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    for part in ("student", "teacher"):
+        assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part])
+    assert whole["log"] == resumed["log"]
