@@ -206,8 +206,7 @@ def resized(y: Tensor, x: Tensor) -> Tensor:
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
     """theta_t <- alpha * theta_t + (1 - alpha) * theta_s, running statistics of BatchNorm too."""
-    for t, s in zip(teacher.state_dict().values(), student.state_dict().values(), strict=True):
-        if t.is_floating_point():
-            t.lerp_(s, 1 - alpha)
-        else:
-            t.copy_(s)  # BatchNorm's counters
+    averaged = []
+    for net in (teacher, student):
+        averaged.append([t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()])
+    torch._foreach_lerp_(*averaged, 1 - alpha)  # t.lerp_(s, 1 - alpha) of all, in few launches
