@@ -34,11 +34,11 @@ COLORS = ["#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#F0
 
 def show(axis, image, mask=None, classes: int = 4, aspect: float = 1.0) -> None:
     """A slice in gray; where mask is not 0, the colors of the classes. aspect: a pixel's dy/dx."""
-    axis.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=aspect)
+    axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=1, aspect=aspect)
     axis.set(xticks=[], yticks=[])
     if mask is not None:
         colors = ListedColormap([COLORS[k % len(COLORS)] for k in range(max(2, classes - 1))])
-        visible = np.ma.masked_equal(mask, 0)
+        visible = np.ma.masked_equal(np.asarray(mask), 0)
         axis.imshow(visible, cmap=colors, vmin=1, vmax=max(2, classes - 1), alpha=0.6,
                     aspect=aspect, interpolation="nearest")
 
@@ -127,7 +127,7 @@ def draw_model(path: Path, model: VQSeg, dataset: Dataset, temperature: float) -
     figure = Figure(figsize=(15, 2.9), layout="constrained")
     axes = figure.subplots(1, 7)
     show(axes[0], x[0, 0])
-    axes[1].imshow(tokens, cmap="viridis")
+    axes[1].imshow(tokens.numpy(), cmap="viridis")
     show(axes[2], model.image_decoder(q.codes)[0, 0])
     show(axes[3], x[0, 0], plain, len(dataset.labels))
     titles = ["x", f"q(z): {q.indices.unique().numel()} codewords", "D_i(q(z))", "D_s(q(z))"]
@@ -171,9 +171,10 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
     pi = qpm.transition_matrix(book, 0.7)
     left.scatter(book[:, 0], book[:, 1], s=80, color="black")
     for j, (x, y) in enumerate(book.tolist()):
-        left.annotate(f"$\\pi$({j + 1}|1) = {pi[0, j]:.2f}", (x + 0.12, y - 0.08), fontsize=10)
+        side = -1.35 if j == 0 else 0.12
+        left.annotate(f"$\\pi$({j + 1}|1) = {pi[0, j]:.2f}", (x + side, y - 0.08), fontsize=10)
     left.set(title="Figure 3: where a token of $c_1$ goes, eps = 0.7")
-    left.set(xlim=(-1, 2.5), ylim=(-2.6, 2.6))
+    left.set(xlim=(-1.6, 2.4), ylim=(-2.6, 2.6))
 
     p = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     random = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
