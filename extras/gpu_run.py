@@ -2,11 +2,11 @@
 
     python -m extras.gpu_run --data acdc --root DIR --out FOLDER --seconds 500 -- --fm none
 
-For each seed, each number of labeled patients, VQ-Seg and `--supervised`: a process of its own that
+For each seed, each number of labeled patients, VQ-Seg and `--supervised`: a process of its own
 runs train.py, so that a crash of one leaves the others. A step of this small network keeps neither
 the GPU nor a CPU core busy; several processes do. What stands after `--` goes to train.py.
 
-FOLDER/NAME is a run and FOLDER/NAME.log what it printed. FOLDER/gpu.csv gets a line as each ends, in
+FOLDER/NAME is a run, FOLDER/NAME.log what it printed. FOLDER/gpu.csv gets a line as each ends, in
 an order that leaves whole seeds where the time is cut.
 """
 

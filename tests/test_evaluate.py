@@ -1,148 +1,243 @@
-"""Metrics against brute force, the pooled and one-directional definitions, and the empty-mask rule."""
+"""Metrics against brute force, the empty-mask rule, the table by hand."""
 
+import csv
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import evaluate as ev
+import data
+import evaluate
+from data import BadInput
+from evaluate import Row
 
 
-def brute_surface(mask):
-    points = []
-    for v in np.argwhere(mask):
-        for step in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)):
-            n = v + step
-            if (n < 0).any() or (n >= mask.shape).any() or not mask[tuple(n)]:
-                points.append(v)
-                break
-    return np.array(points)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_metrics_equal_brute_force(seed):
-    rng, spacing = np.random.default_rng(seed), [(1, 1, 1), (8.0, 1.5, 1.2)][seed % 2]
-    p, t = rng.random((4, 7, 6)) < 0.6, rng.random((4, 7, 6)) < 0.6
-    a, b = brute_surface(p) * spacing, brute_surface(t) * spacing
-    there, back = [min(math.dist(u, v) for v in b) for u in a], [min(math.dist(u, v) for v in a) for u in b]
-    assert ev.hd95(p, t, spacing) == pytest.approx(np.percentile(there + back, 95))
-    assert ev.asd(p, t, spacing) == pytest.approx(np.mean(there))
-    both = (p & t).sum()
-    assert ev.dice(p, t) == 2 * both / (p.sum() + t.sum()) and ev.jaccard(p, t) == both / (p | t).sum()
-
-
-def test_hd95_pools_both_directions_and_asd_looks_one_way():
-    p, t = np.zeros((1, 1, 60), bool), np.zeros((1, 1, 60), bool)
-    p[..., :10], t[..., :30] = True, True  # prediction lies in the truth: forward all 0, back 0 (10 times) then 1 to 20
-    pooled = [0] * 20 + list(range(1, 21))
-    assert ev.hd95(p, t) == pytest.approx(np.percentile(pooled, 95)) and np.percentile(pooled, 95) < np.percentile(pooled[10:], 95)
-    assert ev.asd(p, t) == 0 and ev.asd(t, p) == pytest.approx(sum(range(1, 21)) / 30)
-
-
-def test_empty_masks_follow_the_one_rule():
-    truth = np.zeros((2, 4, 5), int)
-    truth[0, 1, 1], truth[1, 2, 2] = 1, 2
-    prediction = np.where(truth == 2, 0, truth)
-    prediction[0, 0, 0] = 3
-    one, missed, invented = ev.score("a", prediction, truth, ["bg", "one", "two", "three"])
-    diagonal = math.sqrt(1 + 9 + 16)
-    assert (one.dice, one.jaccard, one.hd95, one.asd, one.empty) == (1, 1, 0, 0, False)
-    assert missed[2:] == (0, 0, diagonal, diagonal, True) and invented[2:] == (0, 0, diagonal, diagonal, False)
-    nothing = ev.score("a", np.zeros_like(truth), np.zeros_like(truth), ["bg", "one"])[0]
-    assert all(math.isnan(v) for v in nothing[2:6]) and not nothing.empty
-
-
-def test_score_gives_each_class_its_own_four_numbers():
-    rng = np.random.default_rng(0)
-    p, t = rng.integers(0, 3, (3, 6, 5)), rng.integers(0, 3, (3, 6, 5))
-    p[0] = t[0]
-    rows = ev.score("a", p, t, ["bg", "one", "two"], (5.0, 1.0, 2.0))
-    for k, row in enumerate(rows, start=1):
-        a, b = p == k, t == k
-        far = ev.hd95(a, b, (5.0, 1.0, 2.0)), ev.asd(a, b, (5.0, 1.0, 2.0))
-        assert row[2:6] == (ev.dice(a, b), ev.jaccard(a, b), *far) and far[1] != ev.asd(b, a, (5.0, 1.0, 2.0))
-
-
-def test_turn_rotates_and_scales_about_the_center_and_its_inverse_leads_back():
-    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(ev.turn(x, math.pi / 2, 1.0), torch.rot90(x, 1, (2, 3)), atol=1e-5)
-    blocks = torch.arange(16.0).reshape(1, 1, 4, 4)
-    twice = ev.turn(blocks, 0.0, 2.0)[0, 0]  # shows row and column 0.75 of the input: 4 * 0.75 + 0.75
-    assert twice[0, 0].item() == pytest.approx(0.75 * 1 + 0.75 * 4)
-    y, z = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
-    smooth = torch.exp(-4 * ((y - 0.1) ** 2 + 2 * (z + 0.1) ** 2))[None, None]
-    assert not torch.allclose(ev.turn(smooth, 0.3, 1.1), smooth, atol=0.05)
-    assert torch.allclose(ev.turn(ev.turn(smooth, 0.3, 1.1), -0.3, 1 / 1.1)[..., 16:48, 16:48], smooth[..., 16:48, 16:48], atol=0.01)
-
-
-def test_prediction_is_the_mean_probability_of_the_views_each_turned_back():
-    seen = []
-
-    def model(x):  # says class 1 where it is bright
-        seen.append(x)
-        return torch.cat([0.4 - x, x - 0.4], 1) * 20
-
-    y, x = np.mgrid[:100, :100] / 50 - 1
-    volume = np.exp(-4 * ((y - 0.1) ** 2 + 2 * (x + 0.1) ** 2))[None].astype(np.float32)
-    one = ev.predict([model], [volume], torch.device("cpu"), views=ev.ONE_VIEW)
-    assert (one == (volume > 0.4)).mean() > 0.99 and len(seen) == 1
-    nine = ev.predict([model], [volume], torch.device("cpu"))
-    assert (nine == one).mean() > 0.99 and len(seen) == 10
-    turned = ev.predict([model], [volume], torch.device("cpu"), views=[(0.3, 1.1)])  # alone: no other view makes up for it
-    assert (turned == one).mean() > 0.99 and not torch.allclose(seen[-1], seen[0], atol=0.05)
-    sure = iter([9.0, -2.0, -2.0])  # one very sure view does not outvote two, as it would in a mean of logits
-    votes = ev.predict([lambda v: torch.cat([0 * v, 0 * v + next(sure)], 1)], [volume], torch.device("cpu"), views=ev.ONE_VIEW * 3)
-    assert votes[0, 50, 50] == 0  # 1.00, 0.12, 0.12: mean 0.41
-
-
-def pieces(mask):
-    """Flood fill, voxel by voxel."""
-    left, found = set(map(tuple, np.argwhere(mask).tolist())), []
-    while left:
-        edge = [left.pop()]
-        piece = set(edge)
-        while edge:
-            z, y, x = edge.pop()
-            for n in ((z + 1, y, x), (z - 1, y, x), (z, y + 1, x), (z, y - 1, x), (z, y, x + 1), (z, y, x - 1)):
-                if n in left:
-                    left.remove(n)
-                    piece.add(n)
-                    edge.append(n)
-        found.append(piece)
-    return found
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_largest_piece_equals_a_flood_fill(seed):
+def masks(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two random, ragged masks (Z,H,W), one of them at the edge of the volume."""
     rng = np.random.default_rng(seed)
-    mask = rng.random((5, 9, 8)) < rng.uniform(0.2, 0.6)
-    found, kept = pieces(mask), set(map(tuple, np.argwhere(ev.largest_piece(mask)).tolist()))
-    assert len(found) > 1 and kept in found and len(kept) == max(map(len, found))
+    a = np.zeros((5, 9, 8), bool)
+    b = a.copy()
+    a[0:4, 2:8, 1:6] = rng.random((4, 6, 5)) < 0.7
+    b[1:5, 1:7, 2:8] = rng.random((4, 6, 6)) < 0.7
+    return a, b
 
 
-def test_largest_piece_of_a_spiral_is_all_of_it_and_of_nothing_nothing():
-    spiral = np.zeros((1, 9, 9), bool)
-    spiral[0, 0, :] = spiral[0, :, 8] = spiral[0, 8, :] = spiral[0, 2:, 0] = spiral[0, 2, :7] = spiral[0, 2:7, 6] = spiral[0, 6, 2:7] = True
-    assert np.array_equal(ev.largest_piece(spiral), spiral) and not ev.largest_piece(np.zeros((2, 3, 4), bool)).any()
+def surface_by_loops(mask: np.ndarray) -> np.ndarray:
+    """Voxels with one of six neighbors outside; beyond the edge counts as outside."""
+    padded = np.pad(mask, 1)
+    found = []
+    for z, y, x in np.argwhere(mask):
+        neighbors = [padded[z, y + 1, x + 1], padded[z + 2, y + 1, x + 1],
+                     padded[z + 1, y, x + 1], padded[z + 1, y + 2, x + 1],
+                     padded[z + 1, y + 1, x], padded[z + 1, y + 1, x + 2]]
+        if not all(neighbors):
+            found.append((z, y, x))
+    return np.array(found, float)
 
 
-def test_with_one_piece_a_prediction_loses_the_smaller_pieces_of_each_class_and_nothing_else():
-    volume = np.zeros((4, 240, 240), np.float32)  # as the grid, so that nothing is resampled
-    volume[:, 100:130, 100:130], volume[1:3, 110:120, 110:120] = 1.0, 2.0  # class 1, and class 2 within
-    alone = np.zeros(volume.shape, bool)
-    alone[0, 150:155, 100:110] = alone[3, 60:64, 60:64] = True
-    volume[alone] = 1.0
-    volume[3, 112:116, 112:116] = 2.0  # touches its slice below by faces: stays
-    volume[0, 90:92, 90:92] = 2.0  # not so
-    alone |= (np.arange(4) == 0)[:, None, None] & (volume == 2)
-    model = lambda x: 50 * torch.cat([0.5 - x, 0.25 - (x - 1).abs(), x - 1.5], 1)  # noqa: E731
-    slabs = lambda: iter([volume[:1], volume[1:]])  # noqa: E731, a piece may reach from slab to slab
-    every, one = (ev.predict([model], slabs(), torch.device("cpu"), views=ev.ONE_VIEW, one_piece=only) for only in (False, True))
-    assert np.array_equal(every, volume) and np.array_equal(one, np.where(alone, 0, volume))
+def distances_by_loops(a: np.ndarray, b: np.ndarray, spacing) -> np.ndarray:
+    scaled_a, scaled_b = surface_by_loops(a) * spacing, surface_by_loops(b) * spacing
+    return np.array([min(np.linalg.norm(p - q) for q in scaled_b) for p in scaled_a])
 
 
-def test_mean_is_over_volumes_then_classes_and_leaves_out_what_is_nowhere():
-    row = lambda case, label, d: ev.Row(case, label, d, 0, 0, 0, False)  # noqa: E731
-    rows = [row("a", "x", 1.0), row("b", "x", 0.0), row("a", "y", 1.0), row("b", "y", float("nan"))]
-    assert ev.mean_dice(rows) == 0.75 and "0 of 4" in ev.table(rows)
+def test_dice_and_jaccard_by_hand():
+    a, b = np.array([1, 1, 1, 0], bool), np.array([0, 1, 1, 1], bool)
+    assert evaluate.dice(a, b) == pytest.approx(4 / 6)
+    assert evaluate.jaccard(a, b) == pytest.approx(2 / 4)
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (9.0, 1.3, 1.4)])
+def test_hd95_and_asd_equal_brute_force(spacing):
+    for seed in range(5):
+        a, b = masks(seed)
+        pred_to_gt = distances_by_loops(a, b, spacing)
+        gt_to_pred = distances_by_loops(b, a, spacing)
+        hd95 = np.percentile(np.concatenate([pred_to_gt, gt_to_pred]), 95)
+        assert evaluate.hd95(a, b, spacing) == pytest.approx(hd95, abs=1e-9)
+        assert evaluate.asd(a, b, spacing) == pytest.approx(pred_to_gt.mean(), abs=1e-9)
+
+
+def test_hd95_pools_both_directions():
+    """A line of 40 and its first voxel: pooled, the far end is rarer than in its own direction."""
+    line = np.zeros((1, 1, 60), bool)
+    line[0, 0, :40] = True
+    point = np.zeros((1, 1, 60), bool)
+    point[0, 0, 0] = True
+    pooled = np.percentile([*range(40), 0], 95)
+    assert evaluate.hd95(line, point) == pytest.approx(pooled)
+    assert pooled < np.percentile(range(40), 95)
+
+
+def test_asd_is_of_the_prediction_only():
+    line = np.zeros((1, 1, 60), bool)
+    line[0, 0, :40] = True
+    point = np.zeros((1, 1, 60), bool)
+    point[0, 0, 0] = True
+    assert evaluate.asd(point, line) == 0
+    assert evaluate.asd(line, point) == pytest.approx(19.5)
+
+
+def test_a_class_in_neither_mask_is_not_scored():
+    empty = np.zeros((2, 3, 4), bool)
+    metrics = (evaluate.dice, evaluate.jaccard, evaluate.hd95, evaluate.asd)
+    assert all(math.isnan(metric(empty, empty)) for metric in metrics)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_class_in_one_mask_only_has_the_longest_distance(swap):
+    full, empty = np.ones((2, 3, 4), bool), np.zeros((2, 3, 4), bool)
+    a, b = (empty, full) if swap else (full, empty)
+    diagonal = math.sqrt(1 + 4 + 9)
+    assert (evaluate.dice(a, b), evaluate.jaccard(a, b)) == (0, 0)
+    assert evaluate.hd95(a, b) == evaluate.asd(a, b) == pytest.approx(diagonal)
+
+
+def test_score_has_a_row_for_each_foreground_class():
+    truth = np.zeros((2, 4, 4), int)
+    truth[:, :2] = 1
+    truth[:, 2] = 2
+    prediction = np.where(truth == 1, 1, 0)
+    rows = evaluate.score("case", prediction, truth, ["background", "one", "two"])
+    assert [(r.label, r.dice, r.empty) for r in rows] == [("one", 1.0, False), ("two", 0.0, True)]
+
+
+def test_score_without_distances_leaves_them_out():
+    truth = np.ones((2, 4, 4), int)
+    row, = evaluate.score("case", truth, truth, ["background", "one"], distances=False)
+    assert row.dice == 1 and math.isnan(row.hd95) and math.isnan(row.asd)
+
+
+def rows() -> list[Row]:
+    nan = math.nan
+    return [Row("a", "RV", 0.5, 0.4, 2.0, 1.0, False), Row("a", "LV", nan, nan, nan, nan, False),
+            Row("b", "RV", 0.9, 0.8, 4.0, 3.0, False), Row("b", "LV", 0.1, 0.0, 9.0, 8.0, True)]
+
+
+def test_the_mean_is_over_volumes_then_over_classes():
+    means = evaluate.class_means(rows())
+    assert means["RV"] == pytest.approx([0.7, 0.6, 3.0, 2.0])
+    assert means["mean"] == pytest.approx([0.4, 0.3, 6.0, 5.0])
+    assert evaluate.mean_dice(rows()) == pytest.approx(0.4)
+
+
+def test_the_table_counts_empty_predictions():
+    lines = evaluate.table(rows()).splitlines()
+    assert lines[1].split() == ["RV", "0.7000", "0.6000", "3.0000", "2.0000", "0", "of", "2"]
+    assert lines[3].split()[-3:] == ["1", "of", "4"]
+
+
+def test_report_writes_the_rows_and_says_how_they_were_scored(tmp_path, capsys):
+    evaluate.report(tmp_path / "val.csv", rows(), {"step": 7, "fm": "none"})
+    with open(tmp_path / "val.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [(x["case"], x["label"], float(x["hd95"])) for x in found[2:]] == [
+        ("b", "RV", 4.0), ("b", "LV", 9.0)]
+    assert "one view, no post-processing, distances in voxels" in capsys.readouterr().out
+
+
+# -- Prediction
+
+
+def bright_is_class_1(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([0.5 - x, x - 0.5], 1) * 50
+
+
+def test_predict_comes_back_at_native_size_and_place():
+    truth = np.zeros((3, 180, 150), np.uint8)
+    truth[1, 80:120, 60:90] = 1
+    images = data.to_grid(torch.from_numpy(truth.astype(np.float32)))
+    cpu = torch.device("cpu")
+    found = evaluate.predict(bright_is_class_1, images, (180, 150), 160, cpu, batch=2)
+    assert found.shape == truth.shape and found.dtype == np.uint8
+    assert evaluate.dice(found == 1, truth == 1) > 0.97
+
+
+@pytest.fixture
+def hearts(few_phantoms):
+    return data.load("phantom")
+
+
+def lv_is_brightest(x: torch.Tensor) -> torch.Tensor:
+    logits = torch.zeros(len(x), 4, *x.shape[2:])
+    logits[:, 3] = x[:, 0]
+    return logits - 0.5
+
+
+def test_evaluate_scores_each_volume_of_a_part(hearts):
+    found = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"), distances=False)
+    assert [(r.case, r.label) for r in found] == [
+        (case.name, label) for case in hearts.part("val") for label in ("RV", "Myo", "LV")]
+
+
+def test_distances_in_mm_take_the_spacing(hearts):
+    voxels = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"))
+    mm = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"), mm=True)
+    assert mm[0].hd95 > 1.7 * voxels[0].hd95  # spacing 9, 1.8 and 1.8 mm
+
+
+def test_post_processing_comes_before_the_score(hearts):
+    found = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"),
+                              post_process=np.zeros_like)
+    assert all(r.empty for r in found)
+
+
+# -- Runs
+
+
+def test_a_foreign_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"something else")
+    with pytest.raises(BadInput, match="best.pt: no checkpoint of this version"):
+        evaluate.load_run(tmp_path, torch.device("cpu"))
+
+
+def test_a_file_is_saved_whole_or_not_at_all(tmp_path):
+    evaluate.save(tmp_path / "x.pt", {"step": 1})
+
+    class Unwritable:
+        def __reduce__(self):
+            raise OSError("no space left")
+
+    with pytest.raises(BadInput, match="no space left; make room, then --resume"):
+        evaluate.save(tmp_path / "x.pt", {"step": Unwritable()})
+    assert torch.load(tmp_path / "x.pt", weights_only=True) == {"step": 1}
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(BadInput, match="--device nonsense: cannot be used here"):
+        evaluate.join_processes("nonsense")
+
+
+def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
+    command = [sys.executable, str(Path(evaluate.__file__)), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2 and found.stderr.count("\n") == 1
+
+
+def window() -> list[dict]:
+    indices = torch.tensor([[0, 1], [1, 1]])
+    return [{"loss": torch.tensor(1.0), "indices": indices},
+            {"loss": torch.tensor(2.0), "seg_u": torch.tensor(5.0), "indices": indices}]
+
+
+def test_summary_has_the_means_of_the_terms_and_the_use_of_the_codebook():
+    record = evaluate.summary(20, window(), codebook_size=8)
+    assert (record["step"], record["loss"], record["seg_u"]) == (20, 1.5, 5.0)
+    assert (record["used"], record["perplexity"]) == (0.25, 2)
+
+
+def test_summary_stops_at_a_loss_that_is_not_finite():
+    broken = [{"loss": torch.tensor(math.nan)}]
+    with pytest.raises(FloatingPointError, match="step 20: the loss is not finite"):
+        evaluate.summary(20, broken, 8)
+
+
+def test_a_line_names_the_terms_of_eq12_in_100_characters():
+    record = {"step": 10000, "loss": 1.0, "seg_l": 0.31, "rec_l": 0.1, "seg_u": 0.3, "rec_u": 0.1,
+              "align": 3.21, "vq": -0.2, "used": 0.987, "perplexity": 12345}
+    line = evaluate.one_line(record, 10000)
+    assert all(f" {name} " in line for name in ("seg_l", "rec_l", "seg_u", "rec_u", "align"))
+    assert len(f"{line} 8.5/s 999 min") <= 100

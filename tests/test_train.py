@@ -1,339 +1,364 @@
-"""The loop: Eq. 12 in a real step, gradients where they belong, runs that repeat, honest semi-supervision, clear refusals."""
+"""The loop: a step walked by hand, who gets a gradient, runs that repeat and resume, refusals."""
 
 import copy
 import json
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
+import math
+from dataclasses import fields
+from types import SimpleNamespace
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import evaluate
+import losses
 import qpm
 import train
 from data import BadInput
-from train import Settings
 
+SMALL = ["--width", "4", "--codebook-size", "32", "--batch", "2", "--device", "cpu"]
 CPU = torch.device("cpu")
-SMALL = Settings(labeled=2, steps=5, batch=2, width=8, dim=8, codebook_size=32, device="cpu", fm="standin", classes=4)
 
 
-def one_step(s: Settings, progress: float = 1.0, seed: int = 0):
-    """Networks and the loss of one step on random images, backward done."""
-    student, teacher, fm, *_ = train.build(s, CPU)
-    g = torch.Generator().manual_seed(seed)
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def step(few_phantoms):
+    """One step on random images: `loss(**changes)` gives its loss and terms.
+
+    The student is in evaluation mode, so that one branch at a time gives what all give together.
+    The teacher says something else than the student.
+    """
+    s = train.read_settings([*SMALL, "--eps", "0.6", "--temperature", "0.3", "--lambda-dice", "0.5",
+                             "--threshold", "0.3", "--lambda-a", "3", "--lambda-rec", "2"])
+    student, teacher, fm, *_ = train.build(s, data.load("phantom"), CPU)
+    g = seeded(5)
+    for p in teacher.parameters():
+        p.add_(0.3 * p.abs().mean() * torch.randn(p.shape, generator=g))
     x_l, x_u, x_a = (torch.rand(2, 1, 64, 64, generator=g) for _ in range(3))
     y_l = torch.randint(0, 4, (2, 64, 64), generator=g)
-    loss, terms = train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, progress, torch.Generator().manual_seed(seed))
+    student.adapter.grid = fm(x_l).shape[2:]
+    found = SimpleNamespace(s=s, student=student.eval(), teacher=teacher, fm=fm, x_l=x_l, y_l=y_l,
+                            x_u=x_u, x_a=x_a, lambda_u=0.7)
+
+    def loss(**changes):
+        v = SimpleNamespace(**(vars(found) | changes))
+        return train.vqseg_loss(v.s, v.student, v.teacher, v.fm, v.x_l, v.y_l, v.x_u, v.x_a,
+                                v.lambda_u, seeded(9))
+
+    found.loss = loss
+    return found
+
+
+def l_seg(logits, y, keep=None):
+    """Cross-entropy + 0.5 * soft Dice loss, class by class."""
+    keep = torch.ones(y.shape) if keep is None else keep
+    log_p = logits.log_softmax(1)
+    cross_entropy = -(log_p.gather(1, y[:, None])[:, 0] * keep).mean()
+    dices = []
+    for c in (1, 2, 3):
+        p, t = log_p[:, c].exp() * keep, (y == c) * keep
+        dices.append((2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
+    return (cross_entropy + 0.5 * (1 - sum(dices) / 3)).item()
+
+
+@torch.no_grad()
+def quantized(net, x):
+    z, skips = net.encoder(x)
+    return net.quantizer(z), skips
+
+
+@torch.no_grad()
+def test_eq8_terms_of_a_step_walked_by_hand(step):
+    _, terms = step.loss()
+    q, skips = quantized(step.student, step.x_l)
+    seg = l_seg(step.student.segmentation_decoder(q.codes, skips), step.y_l)
+    rec = (step.student.image_decoder(q.codes) - step.x_l).abs().mean()
+    assert terms["seg_l"].item() == pytest.approx(seg, rel=1e-4)
+    assert terms["rec_l"].item() == pytest.approx(rec.item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_eq9_segmentation_of_perturbed_tokens_against_the_teachers_label(step):
+    _, terms = step.loss()
+    q, skips = quantized(step.student, step.x_a)
+    drawn = qpm.perturb(q.indices, q.codebook, 0.6, 0.3, seeded(9))
+    codes = step.student.quantizer.indices_to_codes(drawn)
+    confidence, label = step.teacher.predict(step.x_u).softmax(1).max(1)
+    keep = (confidence >= 0.3).float()
+    expected = l_seg(step.student.segmentation_decoder(codes, skips), label, keep)
+    assert terms["seg_u"].item() == pytest.approx(expected, rel=1e-4)
+    assert terms["kept"].item() == pytest.approx(keep.mean().item())
+    assert (drawn != q.indices).any() and 0 < keep.mean() < 1
+
+
+@torch.no_grad()
+def test_eq9_reconstruction_of_unperturbed_tokens_against_the_weak_view(step):
+    _, terms = step.loss()
+    q, _ = quantized(step.student, step.x_a)
+    expected = (step.student.image_decoder(q.codes) - step.x_u).abs().mean()
+    assert terms["rec_u"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_eq11_alignment_with_features_of_the_weak_views(step):
+    _, terms = step.loss()
+    expected = []
+    for seen, weak in ((step.x_l, step.x_l), (step.x_a, step.x_u)):
+        f_pfa = step.student.adapter(quantized(step.student, seen)[0].codes).flatten(2)
+        f_fm = step.fm(weak).flatten(2)
+        sim = F.cosine_similarity(f_pfa[:, :, :, None], f_fm[:, :, None, :], dim=1) / 0.07
+        expected.append(-sim.log_softmax(2).diagonal(dim1=1, dim2=2).mean().item())
+    assert terms["align"].item() == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_the_quantizers_loss_is_that_of_all_tokens(step):
+    _, terms = step.loss()
+    z = step.student.encoder(torch.cat([step.x_l, step.x_a])).z
+    assert terms["vq"].item() == pytest.approx(step.student.quantizer(z).loss.item(), rel=1e-4)
+    assert torch.equal(terms["indices"], step.student.quantizer(z).indices)
+
+
+def test_eq12_is_the_weighted_sum_of_the_terms(step):
+    loss, t = step.loss()
+    l_l = 2 * t["rec_l"] + t["seg_l"]
+    l_u = 2 * t["rec_u"] + t["seg_u"]
+    expected = l_l + 0.7 * l_u + 3 * t["align"] + t["vq"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_warm_up_leaves_the_unlabeled_batch_out(step):
+    loss, terms = step.loss(lambda_u=0.0)
+    other, _ = step.loss(lambda_u=0.0, x_u=1 - step.x_u, x_a=1 - step.x_a)
+    assert torch.equal(loss, other)
+    assert "seg_u" not in terms and "rec_u" not in terms
+
+
+def test_every_part_of_the_student_learns_and_the_teacher_does_not(step):
+    step.loss()[0].backward()
+    assert all(p.grad is not None and p.grad.any() for p in step.student.parameters())
+    assert all(p.grad is None for p in (*step.teacher.parameters(), *step.fm.parameters()))
+
+
+@pytest.mark.parametrize("weight, part", [("lambda_rec", "image_decoder"), ("lambda_a", "adapter")])
+def test_each_branch_gets_its_gradient_from_its_own_term(weight, part, step):
+    s = copy.copy(step.s)
+    setattr(s, weight, 0.0)
+    step.loss(s=s)[0].backward()
+    gradients = [p.grad for p in getattr(step.student, part).parameters() if p.grad is not None]
+    assert not any(gradient.any() for gradient in gradients)
+    assert step.student.encoder.to_tokens.weight.grad.any()
+
+
+def test_a_new_perturbation_is_one_function_and_one_entry(step, monkeypatch):
+    def exchange(q, i, c, eps, T, g):
+        """Tokens of two images of the batch change places."""
+        return qpm.replace(q, i.flip(0), c)
+
+    monkeypatch.setitem(qpm.PERTURBATIONS, "exchange", exchange)
+    s = copy.copy(step.s)
+    s.perturb = "exchange"
+    loss, _ = step.loss(s=s)
     loss.backward()
-    return student, teacher, loss, terms
+    warm_up, _ = step.loss(s=s, lambda_u=0.0)
+    assert loss.isfinite() and warm_up.isfinite()
+    assert loss != step.loss()[0]
 
 
-def run(root: Path, out: Path, **changes) -> dict:
-    train.train(replace(SMALL, root=str(root), out=str(out), **changes), [])
-    return torch.load(out / "last.pt", weights_only=True)
+def test_supervised_baseline_is_l_seg_on_continuous_tokens(few_phantoms):
+    s = train.read_settings([*SMALL, "--supervised", "--lambda-dice", "0.5"])
+    student, *_ = train.build(s, data.load("phantom"), CPU)
+    x, y = torch.rand(2, 1, 64, 64), torch.randint(0, 4, (2, 64, 64))
+    loss, _ = train.supervised_loss(s, student.eval(), x, y)
+    assert loss.item() == pytest.approx(l_seg(student.predict(x), y), rel=1e-4)
 
 
-def same_weights(a: dict, b: dict) -> bool:
-    return all(torch.equal(a[who][k], b[who][k]) for who in ("student", "teacher") for k in a[who])
+# -- The loop
 
 
-# --- the method
+def run(out, *flags: str) -> dict:
+    """Trains a little; the last checkpoint."""
+    flags = [*SMALL, "--steps", "12", "--warmup", "0.25", "--out", str(out), *flags]
+    folder = train.train(train.read_settings(flags))
+    return torch.load(folder / "last.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("progress, share", [(1.0, 1.0), (0.1, 1.0), (0.09, 0.0)])
-def test_eq12_is_the_weighted_sum_of_the_printed_terms(progress, share):
-    s = replace(SMALL, lambda_u=0.7, lambda_a=3.0, lambda_rec=2.0, lambda_vq=0.4, warmup=0.1)
-    _, _, loss, t = one_step(s, progress)
-    assert ("seg_u" in t) == ("rec_u" in t) == (share > 0)  # a term that is not there is not printed as 0
-    l_l, l_u = 2.0 * t["rec_l"] + t["seg_l"], 2.0 * t["rec_u"] + t["seg_u"] if share else 0.0
-    assert loss.item() == pytest.approx((l_l + 0.7 * share * l_u + 3.0 * t["align"] + 0.4 * t["vq"]).item(), rel=1e-5)
+def same(a: dict, b: dict) -> bool:
+    parts = [(a[part][name], b[part][name]) for part in ("student", "teacher") for name in a[part]]
+    return all(torch.equal(x, y) for x, y in parts)
 
 
-def test_a_step_is_figure_2_walked_by_hand():
-    """Who sees what: each term again, from the networks' parts, one branch at a time."""
-    s = replace(SMALL, tau=0.2, lambda_dice=0.5, temperature=0.3, eps=0.6, threshold=0.3)
-    student, teacher, fm, *_ = train.build(s, CPU)
-    assert student.training and not teacher.training  # the teacher normalizes by running statistics, slice by slice
-    student.eval()  # as here the student does, or one branch at a time would not give what both give together
-    g = torch.Generator().manual_seed(5)
-    for p in teacher.parameters():  # a teacher that says something else than the student
-        p.add_(0.3 * p.std() * torch.randn(p.shape, generator=g))
-    decoded = []  # at its start the decoder hears the tokens too faintly to tell from its output which ones it got
-    student.segmentation_decoder.register_forward_pre_hook(lambda module, given: decoded.append(given[0]))
-    x_l, x_u, x_a = (torch.rand(2, 1, 64, 64, generator=g) for _ in range(3))
-    y_l = torch.randint(0, 4, (2, 64, 64), generator=g)
-    _, terms = train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, 1.0, torch.Generator().manual_seed(9))
-
-    def seg(logits, y, keep=None):
-        log_p, keep = logits.log_softmax(1), torch.ones(y.shape) if keep is None else keep
-        ce = -(log_p.gather(1, y[:, None])[:, 0] * keep).mean()
-        dices = []
-        for c in (1, 2, 3):
-            p, t = log_p[:, c].exp() * keep, (y == c) * keep
-            dices.append((2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
-        return (ce + 0.5 * (1 - sum(dices) / 3)).item()
-
-    with torch.no_grad():
-        (z_l, skips_l), (z_a, skips_a) = student.encoder(x_l), student.encoder(x_a)
-        q_l, q_a = student.quantizer(z_l), student.quantizer(z_a)
-        assert terms["seg_l"].item() == pytest.approx(seg(student.segmentation_decoder(q_l.codes, skips_l), y_l), rel=1e-4)
-        assert terms["rec_l"].item() == pytest.approx((student.image_decoder(q_l.codes) - x_l).abs().mean().item(), rel=1e-4)
-        assert terms["rec_u"].item() == pytest.approx((student.image_decoder(q_a.codes) - x_u).abs().mean().item(), rel=1e-4)
-        drawn = qpm.perturb(q_a.indices, student.quantizer.codebook, 0.6, 0.3, torch.Generator().manual_seed(9))
-        assert torch.allclose(decoded[0], torch.cat([q_l.codes, student.quantizer.indices_to_codes(drawn)]), atol=1e-6)
-        assert (drawn != q_a.indices).any()
-        confidence, label = teacher(x_u).softmax(1).max(1)
-        expected = seg(student.segmentation_decoder(student.quantizer.indices_to_codes(drawn), skips_a), label, (confidence >= 0.3).float())
-        assert terms["seg_u"].item() == pytest.approx(expected, rel=1e-4)
-        assert terms["kept"].item() == pytest.approx((confidence >= 0.3).float().mean().item())
-        infonce = []
-        for codes, x in ((q_l.codes, x_l), (q_a.codes, x_u)):
-            a, b = student.adapter(codes, (4, 4)).flatten(2), fm(x).flatten(2)
-            sim = torch.nn.functional.cosine_similarity(a[:, :, :, None], b[:, :, None, :], dim=1) / 0.2  # (B,N,N)
-            infonce.append(-sim.log_softmax(2).diagonal(dim1=1, dim2=2).mean().item())
-        assert terms["align"].item() == pytest.approx(sum(infonce) / 2, rel=1e-4)
+def test_a_run_folder_holds_the_record_the_checkpoints_and_the_scores(few_phantoms, tmp_path):
+    run(tmp_path)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names >= {"config.json", "log.jsonl", "last.pt", "best.pt", "val.csv"}
 
 
-def test_every_part_of_the_student_learns_and_the_teacher_does_not():
-    student, teacher, _, _ = one_step(SMALL)
-    assert [n for n, p in student.named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(few_phantoms, tmp_path):
+    first = run(tmp_path / "a")
+    assert same(first, run(tmp_path / "b"))
+    assert not same(first, run(tmp_path / "c", "--seed", "1"))
 
 
-@pytest.mark.parametrize("weight, part", [("lambda_rec", "image_decoder"), ("lambda_a", "adapter"), ("lambda_vq", "quantizer")])
-def test_each_part_gets_its_gradient_from_its_own_term_only(weight, part):
-    student, _, _, _ = one_step(replace(SMALL, **{weight: 0.0}))
-    moved = {n.split(".")[0] for n, p in student.named_parameters() if p.grad is not None and p.grad.any()}
-    assert part not in moved and "encoder" in moved and "segmentation_decoder" in moved
+def interrupt(monkeypatch, at: int) -> None:
+    original = train.generator
+
+    def generator(device, seed, step, rank):
+        if step == at:
+            raise KeyboardInterrupt
+        return original(device, seed, step, rank)
+
+    monkeypatch.setattr(train, "generator", generator)
 
 
-@pytest.mark.parametrize("changes, progress", [({"lambda_u": 0.0}, 1.0), ({"warmup": 0.5}, 0.4)])
-def test_unlabelled_batch_changes_nothing_when_lambda_u_is_0_and_during_the_warm_up(changes, progress):
-    s = replace(SMALL, **changes)
-    student, teacher, fm, *_ = train.build(s, CPU)
-    x_l, y_l = torch.rand(2, 1, 64, 64), torch.randint(0, 4, (2, 64, 64))
-    gradients = []
-    for _ in range(2):
-        x_u, x_a = torch.rand(2, 1, 64, 64), torch.rand(2, 1, 64, 64)
-        student.zero_grad()
-        train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, progress, torch.Generator().manual_seed(0))[0].backward()
-        gradients.append([p.grad.clone() for p in student.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+def test_a_resumed_run_ends_bitwise_like_one_without_a_stop(few_phantoms, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 8)  # three steps after a checkpoint
+        run(tmp_path / "stopped")
+    folder = train.train(train.read_settings(["--resume", str(tmp_path / "stopped")]))
+    resumed = torch.load(folder / "last.pt", weights_only=True)
+    assert same(whole, resumed)
+    assert whole["log"] == resumed["log"]
 
 
-def test_pseudo_label_is_the_teachers_and_of_the_weak_view():
-    student, teacher, fm, *_ = train.build(SMALL, CPU)
-    x_l, y_l, x_u, x_a = torch.rand(2, 1, 64, 64), torch.zeros(2, 64, 64).long(), torch.rand(2, 1, 64, 64), torch.rand(2, 1, 64, 64)
+def test_masks_of_unlabeled_slices_are_never_read(few_phantoms, tmp_path, monkeypatch):
+    expected = run(tmp_path / "a", "--labeled", "2")
+    original = data.load
 
-    def seg_u(net, weak):
-        return train.vqseg_loss(SMALL, student, net, fm, x_l, y_l, weak, x_a, 1.0, torch.Generator().manual_seed(0))[1]["seg_u"].item()
+    def corrupted(*args):
+        dataset = original(*args)
+        if len(args) == 2:  # for training, not for the table
+            _, unlabeled = dataset.training(2)
+            dataset.masks[dataset.rows(unlabeled)] = 3
+        return dataset
 
-    class Says(torch.nn.Module):
-        def forward(self, x):  # class 1 where the weak view is bright, else class 0
-            return torch.cat([0.5 - x, x - 0.5, torch.full_like(x, -9), torch.full_like(x, -9)], 1)
-
-    assert seg_u(Says(), x_u) != pytest.approx(seg_u(teacher, x_u)) and seg_u(Says(), x_u) != pytest.approx(seg_u(Says(), 1 - x_u))
-
-
-def test_supervised_baseline_is_l_seg_on_the_network_without_quantizer():
-    s = replace(SMALL, supervised=True)
-    student, *_ = train.build(s, CPU)
-    loss, terms = train.supervised_loss(s, student, torch.rand(2, 1, 64, 64), torch.randint(0, 4, (2, 64, 64)))
-    loss.backward()
-    moved = {n.split(".")[0] for n, p in student.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moved == {"encoder", "segmentation_decoder"} and set(terms) == {"loss", "seg_l"}
+    monkeypatch.setattr(data, "load", corrupted)
+    assert same(expected, run(tmp_path / "b", "--labeled", "2"))
 
 
-# --- runs
+def watched(monkeypatch, name: str) -> list:
+    """The arguments of each call of a function of train.py."""
+    calls = []
+    original = getattr(train, name)
+
+    def call(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(train, name, call)
+    return calls
 
 
-def test_a_short_run_writes_its_record_and_evaluate_reads_it(phantom_copy, tmp_path, capsys):
-    out = tmp_path / "run"
-    last = run(phantom_copy, out)
-    drawn, best = torch.load(out / "codebooks.pt", weights_only=True), torch.load(out / "best.pt", weights_only=True)
-    assert drawn[0]["step"] == 0 and drawn[-1]["step"] == best["step"]
-    written = {p.name for p in out.iterdir()}
-    assert written == {"record.json", "log.jsonl", "best.pt", "last.pt", "val.csv", "val.json", "predictions.png", "result.json",
-                       "codebooks.pt"}  # fmt: skip
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    losses = [line for line in lines if "loss" in line][-1]
-    assert {"seg_l", "rec_l", "seg_u", "rec_u", "align", "vq", "kept", "utilization", "perplexity", "steps_per_s"} <= set(losses)
-    assert last["place"]["step"] == 5 and max(line.get("val_dice", 0) for line in lines) == pytest.approx(last["place"]["best"], abs=1e-5)
-    cases = data.open_dataset("phantom", str(phantom_copy)).with_masks("val")
-    rows = evaluate.evaluate([evaluate.load(out, CPU)[0]], cases, data.CLASSES, CPU, one_piece=True)
-    assert evaluate.mean_dice(rows) == pytest.approx(json.loads((out / "result.json").read_text())["val_dice"], abs=1e-6)
-    assert "empty predictions" in capsys.readouterr().out
+def test_the_teachers_alpha_rises_to_that_of_section_3_4(few_phantoms, tmp_path, monkeypatch):
+    calls = watched(monkeypatch, "ema_update")
+    run(tmp_path, "--steps", "120")
+    alphas = [alpha for _, _, alpha in calls]
+    assert alphas[:3] == pytest.approx([0, 1 / 2, 2 / 3])
+    assert alphas[110:] == [0.99] * 10
 
 
-def test_evaluation_with_qpm_perturbs_the_tokens_and_writes_no_scores(phantom_copy, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    run(phantom_copy, out, steps=1)
-    model, x = evaluate.load(out, CPU)[0], torch.rand(2, 1, 64, 64)
-    with torch.no_grad():
-        z, skips = model.encoder(x)
-        drawn = qpm.perturb(model.quantizer(z).indices, model.quantizer.codebook, 0.9, 0.5, torch.Generator().manual_seed(0))
-        expected = model.segmentation_decoder(model.quantizer.indices_to_codes(drawn), skips)
-        assert torch.allclose(evaluate.perturbed(model, 0.9, 0.5, CPU)(x), expected, atol=1e-5)
-    (out / "val.json").unlink()
-    before = (out / "val.csv").stat().st_mtime_ns
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), "--eps", "1", "--figure", str(tmp_path / "perturbed.png")])
-    evaluate.main()
-    assert (out / "val.csv").stat().st_mtime_ns == before and not (out / "val.json").exists()
-    assert (tmp_path / "perturbed.png").exists()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), "--eps", "1.5"])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main()
-    assert stop.value.code == 2 and "--eps 1.5: must lie in 0 to 1" in capsys.readouterr().err
+def test_the_unlabeled_loss_counts_after_the_warm_up(few_phantoms, tmp_path, monkeypatch):
+    calls = watched(monkeypatch, "vqseg_loss")
+    run(tmp_path, "--lambda-u", "0.5")
+    assert [args[8] for args in calls] == [0.0] * 3 + [0.5] * 9
 
 
-def test_teacher_follows_the_student_by_alpha_and_averages_less_at_first(phantom_copy, tmp_path, monkeypatch):
-    seen = []
-    learns = lambda net: next(net.parameters()).requires_grad  # noqa: E731
-    monkeypatch.setattr(train, "ema_update", lambda teacher, student, alpha: seen.append((learns(student) and not learns(teacher), alpha)))
-    run(phantom_copy, tmp_path / "run", alpha=0.6)
-    assert seen == [(True, 0.0), (True, 0.5), (True, 0.6), (True, 0.6), (True, 0.6)]
+def test_the_learning_rate_is_polynomial_after_a_short_rise(few_phantoms, tmp_path, monkeypatch):
+    rates = []
+    original = torch.optim.AdamW.step
+
+    def step(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return original(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(tmp_path, "--steps", "120", "--lr", "0.002")
+    expected = [0.002 * min(1, (k + 1) / 100) * (1 - k / 120) ** 0.9 for k in range(120)]
+    assert rates == pytest.approx(expected)
 
 
-def test_same_seed_same_weights_to_the_bit_and_another_seed_others(phantom_copy, tmp_path):
-    first, second = run(phantom_copy, tmp_path / "a", steps=3), run(phantom_copy, tmp_path / "b", steps=3)
-    other = run(phantom_copy, tmp_path / "c", steps=3, seed=1)
-    assert same_weights(first, second) and not same_weights(first, other)
+def test_student_and_teacher_begin_alike_and_the_teacher_gets_the_student(few_phantoms, monkeypatch,
+                                                                         tmp_path):
+    calls = watched(monkeypatch, "ema_update")
+    run(tmp_path)
+    teacher, student, _ = calls[0]
+    assert student.training and not teacher.training
+    assert all(p.requires_grad for p in student.parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_masks_of_unlabelled_patients_are_never_used(phantom_copy, tmp_path):
-    with_masks = run(phantom_copy, tmp_path / "a")
-    for patient in ("003", "004", "005"):
-        for mask in (phantom_copy / "training" / f"patient{patient}").glob("*_gt.nii.gz"):
-            mask.unlink()
-    assert same_weights(with_masks, run(phantom_copy, tmp_path / "b"))
+def test_best_pt_is_the_teacher_with_the_best_validation(few_phantoms, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.3])
+    monkeypatch.setattr(evaluate, "mean_dice", lambda rows: next(scores))
+    run(tmp_path)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert (best["step"], best["val_dice"]) == (10, 0.9)
 
 
-def test_training_does_not_ask_for_test_patients_and_evaluate_names_them(phantom_copy, tmp_path, monkeypatch, capsys):
-    for file in (phantom_copy / "training" / "patient007").iterdir():
-        file.unlink()
-    (phantom_copy / "training" / "patient007").rmdir()
-    run(phantom_copy, tmp_path / "a", steps=1, supervised=True)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "a"), "--split", "test"])
-    with pytest.raises(SystemExit) as stop:
-        evaluate.main()
-    assert stop.value.code == 2 and "patients patient007 of the test split are missing" in capsys.readouterr().err
+def test_a_loss_that_is_not_finite_stops_the_run(few_phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(losses, "total_loss", lambda l_db, l_align, lambda_a: l_db * math.nan)
+    with pytest.raises(FloatingPointError, match="step 1: the loss is not finite"):
+        run(tmp_path)
 
 
-def test_non_finite_loss_stops_loudly_with_its_terms(phantom_copy, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.losses, "reconstruction_loss", lambda x_hat, x: x_hat.sum() * float("nan"))
-    with pytest.raises(FloatingPointError, match=r"step 0: the loss is not finite.*rec_l=nan.*slices: patient00._frame.. slice \d+, "):
-        run(phantom_copy, tmp_path / "a")
-    assert not (tmp_path / "a" / "last.pt").exists()
+def test_the_log_has_all_terms_and_the_use_of_the_codebook(few_phantoms, tmp_path):
+    run(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    terms = {"step", "loss", "seg_l", "rec_l", "seg_u", "rec_u", "kept", "align", "vq", "used",
+             "perplexity"}
+    assert set(lines[-2]) == terms and set(lines[-1]) == {"step", "val_dice"}
 
 
-def test_a_line_of_the_record_holds_the_mean_of_each_term_over_the_steps_that_have_it(tmp_path):
-    record = train.Record(tmp_path, 8, CPU, train.Place())
-    record.add({"loss": torch.tensor(1.0), "indices": torch.tensor([[[0, 1]]])})
-    record.add({"loss": torch.tensor(4.0), "seg_u": torch.tensor(0.5), "indices": torch.tensor([[[1, 1]]])})
-    record.line(train.Place(step=2, seconds=1.0, progress=0.5))
-    record.add({"loss": torch.tensor(3.0)})
-    record.line(train.Place(step=3, seconds=1.0, progress=0.6))
-    first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
-    assert (first["step"], first["loss"], first["seg_u"], first["utilization"]) == (2, 2.5, 0.5, 0.25)
-    assert second["loss"] == 3.0 and "seg_u" not in second and "utilization" not in second
+# -- Settings
 
 
-def test_a_dead_codebook_is_warned_of(tmp_path, capsys):
-    record = train.Record(tmp_path, 64, CPU, train.Place())
-    for step in range(1, 11):
-        assert "WARNING" not in capsys.readouterr().out
-        record.add({"loss": torch.tensor(1.0), "indices": torch.full((2, 4, 4), 7)})
-        record.line(train.Place(step=step, seconds=1.0, progress=0.5))
-    assert "WARNING: under 5 % of the codebook in use" in capsys.readouterr().out
+def test_there_are_at_most_28_flags():
+    assert len(fields(train.Settings)) <= 28
 
 
-def test_a_class_that_no_labelled_slice_shows_is_warned_of(phantom_copy, tmp_path, capsys):
-    for mask in (phantom_copy / "training").glob("patient00[12]/*_gt.nii.gz"):
-        file = nib.load(mask)
-        labels = np.asarray(file.dataobj).copy()
-        labels[labels == 1] = 0
-        nib.save(nib.Nifti1Image(labels, file.affine), mask)
-    run(phantom_copy, tmp_path / "run", steps=1, supervised=True)
-    said = capsys.readouterr().out
-    assert "WARNING: no labelled slice shows the class RV" in said and said.count("WARNING") == 1
+def test_paper_sets_what_section_4_2_states():
+    s = train.read_settings(["--paper"])
+    found = (s.codebook_size, s.eps, s.lambda_a, s.lambda_u, s.batch, s.lr, s.encoder, s.fm)
+    assert found == (16384, 0.7, 5.0, 1.0, 4, 1e-4, "dinov2", "dinov2")
+    assert (s.lambda_dice, s.lambda_usage, s.warmup, s.threshold) == (0, 0, 0, 0)
 
 
-def test_run_folder_records_settings_versions_commit_and_patients(phantom_copy, tmp_path):
-    run(phantom_copy, tmp_path / "run", steps=1, supervised=True)
-    record = json.loads((tmp_path / "run" / "record.json").read_text())
-    assert {"settings", "command", "commit", "torch", "numpy", "python", "chosen_on"} <= set(record) and record["settings"]["seed"] == 1337
-    patients = [{name.split("_")[0] for name in record[part]} for part in ("labelled", "unlabelled", "val")]
-    assert patients == [{"patient001", "patient002"}, {"patient003", "patient004", "patient005"}, {"patient006"}]
+def test_a_flag_beside_paper_wins():
+    assert train.read_settings(["--paper", "--eps", "0.5"]).eps == 0.5
 
 
-def test_randomness_of_a_step_is_a_function_of_seed_and_step():
-    draw = lambda seed, step: torch.cat([torch.rand(3, generator=g) for g in train.generators(CPU, seed, step)])  # noqa: E731
-    assert torch.equal(draw(1, 2), draw(1, 2))
-    assert not torch.equal(draw(1, 2), draw(2, 1)) and not torch.equal(draw(1, 2)[:3], draw(1, 2)[3:])
+def test_paper_without_weights_is_refused(few_phantoms, monkeypatch):
+    dinov2 = pytest.importorskip("extras.dinov2")
+    monkeypatch.setattr(dinov2, "official_weights", lambda: None)
+    with pytest.raises(BadInput, match="--fm-weights FILE"):
+        train.train(train.read_settings(["--paper", "--device", "cpu"]))
 
 
-# --- refusals
+@pytest.mark.parametrize("flag, value", [("--eps", "1.5"), ("--batch", "0"), ("--temperature", "0"),
+                                         ("--codebook-size", "1"), ("--lambda-u", "-1")])
+def test_a_value_out_of_range_names_its_flag(flag, value):
+    with pytest.raises(BadInput, match=f"{flag} .*must be"):
+        train.read_settings([flag, value])
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (["--eps", "1.5"], "--eps 1.5: must lie in 0 to 1"), (["--eps", "nan"], "--eps nan"),
-        (["--labeled", "0", "--root", "{phantom}"], "--labeled 0: must lie in 1 to 5"),
-        (["--data", "acdc"], "--data acdc needs --root"), (["--data", "acdc", "--root", "/no/such"], "/no/such: no such folder"),
-        (["--temperature", "0"], "--temperature 0.0: must be above 0"), (["--width", "0"], "--width 0: must lie in 1 to 4096"),
-        (["--minutes", "1", "--steps", "5"], "give one of them"), (["--device", "cuda:77"], "--device cuda:77"),
-        (["--batch", "0"], "--batch 0: must lie in 1"), (["--codebook-size", "1"], "--codebook-size 1: must lie in 2"),
-    ],
-)  # fmt: skip
-def test_bad_flag_is_one_line_and_status_2_and_nothing_is_written(flags, says, phantom_copy, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "run", *(f.format(phantom=phantom_copy) for f in flags)])
-    with pytest.raises(SystemExit) as stop:
-        train.main()
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and says in message and message.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+def test_more_labeled_patients_than_there_are_is_refused(few_phantoms):
+    with pytest.raises(BadInput, match="--labeled 5: only 4 training patients have masks"):
+        train.train(train.read_settings([*SMALL, "--labeled", "5"]))
 
 
-def test_a_run_is_never_written_over(phantom_copy, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "record.json").write_text("{}")
-    with pytest.raises(BadInput, match="holds a run already"):
-        run(phantom_copy, out)
-    assert [p.name for p in out.iterdir()] == ["record.json"]
+def test_resume_takes_the_runs_own_flags_and_refuses_others(few_phantoms, tmp_path):
+    run(tmp_path, "--labeled", "2")
+    own = [*SMALL, "--steps", "12", "--labeled", "2", "--out", str(tmp_path)]
+    assert train.read_settings(["--resume", str(tmp_path), *own]).labeled == 2
+    with pytest.raises(BadInput, match="--eps 0.1: the run began with 0.7"):
+        train.read_settings(["--resume", str(tmp_path), "--eps", "0.1"])
 
 
-def test_unknown_flag_and_unknown_choice_end_with_status_2():
-    for flags in (["--epsilon", "1"], ["--perturb", "noise"]):
-        with pytest.raises(SystemExit) as stop:
-            train.read_settings(flags)
-        assert stop.value.code == 2
-
-
-def test_house_rules_of_imports():
-    """vq, qpm, losses and data stand on the ground; model on vq and qpm; evaluate on model and data."""
-    root, ours = Path(train.__file__).parent, {"vq", "qpm", "losses", "data", "model", "evaluate", "train"}
-    allowed = {"vq": set(), "qpm": set(), "losses": set(), "data": set(), "model": {"vq", "qpm"}, "evaluate": {"model", "data"}}
-    code = f"""import importlib, sys
-for name in {[*allowed]!r}:
-    [sys.modules.pop(m, None) for m in {ours!r}]
-    importlib.import_module(name)
-    print(*(m for m in {ours!r} if m in sys.modules))"""
-    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
-    for (name, may), loaded in zip(allowed.items(), said, strict=True):
-        assert {name} <= set(loaded.split()) <= may | {name} | (allowed["model"] if "model" in may else set())
-
-
-def test_settings_are_documented_and_survive_the_command_line():
-    assert all(f.metadata["help"] for f in train.fields(Settings))
-    given = train.read_settings(["--data", "phantom", "--lambda-u", "2.5", "--supervised", "--steps", "7"])
-    expected = copy.copy(Settings(lambda_u=2.5, supervised=True, steps=7))
-    assert given == expected
+def test_a_run_is_not_written_over(few_phantoms, tmp_path):
+    run(tmp_path)
+    with pytest.raises(BadInput, match="holds a run"):
+        run(tmp_path)

@@ -1,0 +1,38 @@
+"""The bench and the GPU run, at sizes that a CPU does in seconds."""
+
+import csv
+
+import torch
+
+from extras import bench, gpu_run
+
+
+def read(path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_bench_has_a_row_for_each_part(tmp_path, capsys):
+    bench.main(["--quick", "--device", "cpu", "--csv", str(tmp_path / "bench.csv")])
+    names = " ".join(row["name"] for row in read(tmp_path / "bench.csv"))
+    for part in ("default network, 128 x 128: step", "quantizer and QPM", "loader",
+                 "paper's network", "nearest codeword", "QPM", "loop over codes"):
+        assert part in names
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_the_loop_over_codes_draws_from_the_same_distribution():
+    torch.manual_seed(0)
+    codebook = torch.nn.functional.normalize(torch.randn(8, 3), dim=1)
+    drawn = bench.plain_perturb(torch.zeros(100_000, dtype=torch.long), codebook, 0.7)
+    expected = bench.qpm.transition_rows(torch.tensor([0]), codebook, 0.7)[0]
+    assert torch.allclose(drawn.bincount(minlength=8) / 100_000, expected, atol=0.01)
+
+
+def test_the_gpu_run_records_each_training_as_it_ends(tmp_path):
+    gpu_run.main(["--data", "phantom", "--steps", "1", "--out", str(tmp_path), "--seeds", "1",
+                  "--labeled", "3", "--parallel", "1", "--", "--fm", "none", "--width", "4",
+                  "--batch", "1", "--device", "cpu"])
+    rows = read(tmp_path / "gpu.csv")
+    assert [(row["method"], row["end"]) for row in rows] == [
+        ("vqseg", "finished"), ("supervised", "finished")]
