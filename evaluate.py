@@ -82,9 +82,12 @@ def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
     is then computed from the points, so that it has no rounding of the product.
     """
     half_squares = b.square().sum(1) / 2
-    chunks = a.split(max(1, 2**17 // len(b)))  # their tables stay in the cache
-    found = [torch.addmm(half_squares, chunk, b.T, beta=-1).max(1).indices for chunk in chunks]
-    return torch.linalg.vector_norm(a - b[torch.cat(found)], dim=1)
+    found = torch.empty(len(a), dtype=torch.long)
+    rows = max(1, 2**17 // len(b))  # their table stays in the cache
+    for k in range(0, len(a), rows):
+        bracket = torch.addmm(half_squares, a[k : k + rows], b.T, beta=-1)
+        found[k : k + rows] = bracket.max(1).indices
+    return torch.linalg.vector_norm(a - b[found], dim=1)
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 1)) -> tuple:
     """Both directed sets of surface distances, pred_to_gt and gt_to_pred, of two (Z,H,W) masks."""

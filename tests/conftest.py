@@ -8,7 +8,9 @@ import data
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def few_phantoms(monkeypatch):
+@pytest.fixture(scope="module")
+def few_phantoms():
     few = {"train": ["001", "002", "003", "004"], "val": ["015"], "test": ["019"]}
-    monkeypatch.setattr(data, "PHANTOM_SPLIT", few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PHANTOM_SPLIT", few)
+        yield

@@ -105,6 +105,12 @@ def test_score_has_a_row_for_each_foreground_class():
     assert [(r.label, r.dice, r.empty) for r in rows] == [("one", 1.0, False), ("two", 0.0, True)]
 
 
+def test_score_has_the_distances_of_hd95_and_asd():
+    a, b = masks(0)
+    row, = evaluate.score("case", a.astype(int), b.astype(int), ["background", "one"], (9, 1, 2))
+    assert row.hd95 == evaluate.hd95(a, b, (9, 1, 2)) and row.asd == evaluate.asd(a, b, (9, 1, 2))
+
+
 def test_score_without_distances_leaves_them_out():
     truth = np.ones((2, 4, 4), int)
     row, = evaluate.score("case", truth, truth, ["background", "one"], distances=False)

@@ -1,5 +1,7 @@
 """The network: who sees which tokens (Eq. 7), shapes, the teacher's average."""
 
+import copy
+
 import pytest
 import torch
 
@@ -55,9 +57,25 @@ def test_eq7_segmentation_decoder_gets_perturbed_tokens_of_unlabeled_slices_only
     assert torch.allclose(seen[0][2:], net.quantizer.indices_to_codes(drawn), atol=1e-6)
 
 
+def test_a_perturbation_starts_from_q_of_z(net):
+    seen = inputs_of(net.segmentation_decoder)
+    net(images(), 2, "none", 1.0, 1.0, seeded())
+    assert torch.allclose(seen[0], net.quantizer(net.encoder(images()).z).codes)
+
+
 def test_adapter_sees_tokens_that_are_not_perturbed(net):
     out = net(images(), 2, "qpm", 1.0, 1.0, seeded())
     assert torch.allclose(out.f_pfa, net.adapter(net.quantizer(net.encoder(images()).z).codes))
+
+
+def test_adapter_resizes_to_the_grid_then_maps_each_place():
+    adapter = model.FeatureAdapter(dim=2, fm_channels=3, grid=(1, 4))
+    codes = torch.rand(1, 2, 1, 2, generator=seeded())
+    left, right = codes[..., :1], codes[..., 1:]
+    wide = torch.cat([left, 0.75 * left + 0.25 * right, 0.25 * left + 0.75 * right, right], 3)
+    weight = adapter.project.weight[:, :, 0, 0]
+    expected = torch.einsum("oi,bihw->bohw", weight, wide) + adapter.project.bias[:, None, None]
+    assert torch.allclose(adapter(codes), expected, atol=1e-6)
 
 
 def test_segmentation_decoder_uses_each_shallower_map(net):
@@ -120,14 +138,37 @@ def test_making_the_stand_in_does_not_change_the_seed_of_the_network():
     assert torch.equal(torch.rand(1), expected)
 
 
+def moved(net: VQSeg, step: int) -> None:
+    """As after a step of training: all floating-point numbers and integer counters change."""
+    for t in net.state_dict().values():
+        t.add_(step if t.dtype == torch.int64 else 0.1 * step)
+
+
 def test_teacher_is_the_moving_average_of_parameters_and_running_statistics(net):
-    torch.manual_seed(1)
-    student = VQSeg(classes=3, codebook_size=32, width=4, dim=8, fm_grid=(5, 3, 3)).train()
-    student(images(), 2, "none", 0.0, 1.0, None)  # moves the running statistics
-    before = {name: t.clone() for name, t in net.state_dict().items()}
+    student = copy.deepcopy(net)
+    expected = {k: v.double() for k, v in net.state_dict().items() if v.is_floating_point()}
+    assert any("running_var" in name for name in expected)
+    for step in range(1, 6):
+        moved(student, step)
+        model.ema_update(net, student, 0.9)
+        for name, value in student.state_dict().items():
+            if name in expected:
+                expected[name] = 0.9 * expected[name] + 0.1 * value.double()
+    for name, value in expected.items():
+        assert torch.allclose(net.state_dict()[name].double(), value, atol=1e-5), name
+
+
+def test_teacher_keeps_its_integer_counters(net):
+    student = copy.deepcopy(net)
+    moved(student, 1)
     model.ema_update(net, student, 0.9)
-    floats = [name for name, t in before.items() if t.is_floating_point()]
-    assert any("running_mean" in name for name in floats)
-    for name in floats:
-        expected = 0.9 * before[name] + 0.1 * student.state_dict()[name]
-        assert torch.allclose(net.state_dict()[name], expected, atol=1e-6), name
+    counters = [v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")]
+    assert counters and all(v == 0 for v in counters)
+
+
+def test_the_average_leaves_the_student_alone(net):
+    student = copy.deepcopy(net)
+    moved(student, 1)
+    before = copy.deepcopy(student.state_dict())
+    model.ema_update(net, student, 0.9)
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
