@@ -5,15 +5,13 @@ field's protocol: each frame is one volume, each class is scored in 3-D against 
 mean over volumes, then over classes; one view of a slice, no post-processing. `--tta` and
 `--keep-largest` go beyond that protocol, and the table says so.
 
-The paper does not say which variant of a distance it takes. Ours are medpy's, as in other papers:
+The paper does not say which distances it takes. Ours are medpy's, in voxels, as in other papers:
   - surface = mask minus its 6-connected erosion; outside the volume counts as background.
   - hd95 = 95th percentile of both directed distance sets pooled (MONAI: the larger of two).
   - asd = mean distance from the predicted to the true surface, one direction only.
-  - distances in voxels, z counted like x and y.
-Nobody says what an empty mask scores. Here:
-  - class in neither mask: nothing to score; all four are nan and left out of the means.
-  - class in one mask only: Dice = Jaccard = 0; both distances are the volume's diagonal, the
-    longest there is. (Other papers score an empty prediction as distance 0, a perfect one.)
+  - a class in neither mask is not scored: all four are nan and left out of the means.
+  - a class in one mask only: Dice = Jaccard = 0, and both distances are the volume's diagonal.
+    (Other papers score an empty prediction as distance 0, a perfect one.)
 """
 
 import argparse
@@ -188,7 +186,7 @@ def score_run(run: Path, part: str, device: torch.device, root: str = "", tta: b
     where = root or saved["settings"]["root"]
     dataset = data.load(saved["settings"]["data"], where, (part,))._replace(split=saved["split"])
     network, post_process = model.predict, None
-    if eps and model.quantizer is None:
+    if eps and not len(model.quantizer.table):
         raise BadInput(f"--eps {eps}: {run} has no codewords; leave the flag out")
     if eps:  # QPM at test time: how much the decoder needs its tokens
         g = torch.Generator(device).manual_seed(0)
@@ -263,7 +261,7 @@ def summary(step: int, window: list[dict[str, Tensor]], codebook_size: int) -> d
         record[name] = round(values.float().mean().item(), 5)
     if not math.isfinite(record["loss"]):
         raise FloatingPointError(f"step {step}: the loss is not finite: {record}")
-    if "indices" in window[-1]:
+    if "indices" in window[-1] and codebook_size:
         indices = torch.cat([terms["indices"].flatten() for terms in window])
         record["used"], perplexity = usage(indices.bincount(minlength=codebook_size))
         record["perplexity"] = round(perplexity)

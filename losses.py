@@ -6,8 +6,8 @@ Implements Sections 3.4 to 3.6, Eq. 8 to 12. Shapes: image (B,1,H,W) float in [0
 The paper does not say:
   - tau of Eq. 11: ours is 0.07, the usual one for InfoNCE.
   - whether all pseudo-labels count. By default they do; `threshold` leaves out unsure pixels.
-Beyond the paper, whose L_seg is cross-entropy: `dice_weight` adds the soft Dice loss that other
-papers on ACDC add, `rec_weight` weighs L_rec. `train.py --paper` leaves both as in the paper.
+Beyond the paper: `dice_weight` adds to its cross-entropy the soft Dice loss of other papers on
+ACDC, `rec_weight` weighs L_rec. `train.py --paper` leaves both as in the paper.
 """
 
 from typing import NamedTuple

@@ -9,8 +9,8 @@ Adapter, PFA, Figure 4).
                                              '----> FeatureAdapter          -> f_pfa
 
 The paper does not say:
-  - what is quantized when a decoder has skip connections. Ours is the deepest map; D_s also gets
-    the shallower maps, continuous, as in the authors' release. D_i must not: it would copy x.
+  - what is quantized when a decoder has skip connections: NETWORKS lists four readings. D_s also
+    gets the shallower maps, continuous, as in the authors' release. D_i must not: it would copy x.
   - how tokens are scaled. Ours lose mean and variance per image and channel, and get unit length
     like the codewords. Raw features collapse the codebook.
   - which tokens of an unlabeled slice D_i gets: q(z). Eq. 9 perturbs only what D_s gets.
@@ -28,41 +28,59 @@ from torch import Tensor
 from qpm import PERTURBATIONS
 from vq import VectorQuantizer
 
+# --encoder NAME: pixels of the image along a side of a token, and whether D_s sees shallower maps.
+NETWORKS = {"conv16": (16, True), "conv8": (8, True), "conv4": (4, True), "conv4-alone": (4, False)}
 
 class Encoded(NamedTuple):
-    z: Tensor  # (B,D,h,w) tokens; h = H/16, with DINOv2 H/14
-    skips: list[Tensor]  # (B,c,H/2,W/2), (B,2c,H/4,W/4), (B,4c,H/8,W/8); with DINOv2 as z
+    z: Tensor  # (B,D,h,w) tokens; h = H/stride, with DINOv2 H/14
+    skips: list[Tensor]  # (B,c,H/2,W/2), (B,2c,H/4,W/4), ... to twice h; with DINOv2 as z
 
 class Decoded(NamedTuple):
     y_hat: Tensor  # (B,C,H,W) logits of D_s
-    x_hat: Tensor | None = None  # (B,1,H,W) image of D_i; None, as below, without a quantizer
-    indices: Tensor | None = None  # (B,h,w) codewords of q(z)
-    vq_loss: Tensor | None = None  # () the quantizer's own loss
-    f_pfa: Tensor | None = None  # (B,C',H',W') adapted features; None without --fm too
+    x_hat: Tensor | None  # (B,1,H,W) image of D_i; None in the supervised baseline
+    indices: Tensor  # (B,h,w) codewords of q(z)
+    vq_loss: Tensor  # () the quantizer's own loss
+    f_pfa: Tensor | None  # (B,C',H',W') adapted features; None without --fm
 
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
     """Two 3x3 convolutions, each with BatchNorm and SiLU."""
-    layers: list[nn.Module] = []
-    for channels in (inputs, outputs):
-        layers.append(nn.Conv2d(channels, outputs, 3, padding=1, bias=False))
-        layers += [nn.BatchNorm2d(outputs), nn.SiLU(inplace=True)]
-    return nn.Sequential(*layers)
+    first = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+    second = [nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)]
+    return nn.Sequential(*first, nn.SiLU(True), *second, nn.SiLU(True))
 
 def unit_tokens(z: Tensor) -> Tensor:
     """(B,D,h,w): each channel to mean 0 and variance 1 over h x w, then each token to length 1."""
     return F.normalize(F.instance_norm(z.float()), dim=1)
 
+class Upward(nn.Module):
+    """The way up of a U-Net: each level doubles the size and narrows to the next channels. Maps are
+    added: half the work of a U-Net, which concatenates them."""
+
+    def __init__(self, channels: list[int]):
+        super().__init__()
+        pairs = list(zip(channels, channels[1:]))
+        self.narrow = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in pairs)
+        self.levels = nn.ModuleList(conv_block(o, o) for _, o in pairs)
+
+    def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+        for n, (narrow, level) in enumerate(zip(self.narrow, self.levels), 1):
+            x = F.interpolate(narrow(x), scale_factor=2)
+            x = level(x + skips[-n] if skips else x)  # the deepest map comes first
+        return x
+
 class Encoder(nn.Module):
-    """Four levels at 1/2, 1/4, 1/8 and 1/16 of the image, then the tokens.
+    """Down to 1/16 of the image in four levels, up again to 1/stride, then the tokens.
 
     2x2 pixels enter as channels: a level at full resolution would take half of a step's time.
     """
 
-    def __init__(self, width: int, dim: int):
+    def __init__(self, channels: list[int], dim: int, stride: int, skips: bool):
         super().__init__()
-        channels = [width, 2 * width, 4 * width, 8 * width]
         self.levels = nn.ModuleList(conv_block(i, o) for i, o in zip([4] + channels, channels))
-        self.to_tokens = nn.Conv2d(channels[-1], dim, 1, bias=False)  # unit_tokens removes a bias
+        self.skips = skips
+        self.shallower = n = stride.bit_length() - 2  # levels above the tokens: 3, 2 or 1
+        self.upward = Upward(channels[n:][::-1])
+        self.to_tokens = nn.Conv2d(channels[n], dim, 1, bias=False)  # unit_tokens removes a bias
 
     def forward(self, x: Tensor) -> Encoded:
         x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)  # (B,4,H/2,W/2)
@@ -70,31 +88,29 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = level(F.max_pool2d(x, 2) if maps else x)
             maps.append(x)
-        return Encoded(unit_tokens(self.to_tokens(x)), maps[:-1])
+        n = self.shallower
+        z = self.to_tokens(self.upward(maps[-1], maps[n:-1]))
+        return Encoded(unit_tokens(z), maps[:n] if self.skips else [])
 
 class SegmentationDecoder(nn.Module):
-    """D_s: q(z) or q'(z), and the shallower maps -> logits (B,C,H,W). Maps are added: half the work
-    of a U-Net, which concatenates them."""
+    """D_s: q(z) or q'(z), and the shallower maps, if any -> logits (B,C,H,W)."""
 
-    def __init__(self, width: int, dim: int, classes: int):
+    def __init__(self, channels: list[int], dim: int, classes: int):
         super().__init__()
-        channels = [8 * width, 4 * width, 2 * width, width]
-        self.from_tokens = nn.Conv2d(dim, channels[0], 1)
-        self.narrow = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(channels, channels[1:]))
-        self.levels = nn.ModuleList(conv_block(c, c) for c in channels[1:])
-        self.head = nn.Conv2d(width, 4 * classes, 1)
+        self.from_tokens = nn.Conv2d(dim, channels[-1], 1)
+        self.upward = Upward(channels[::-1])
+        self.head = nn.Conv2d(channels[0], 4 * classes, 1)
 
     def forward(self, codes: Tensor, skips: list[Tensor]) -> Tensor:
-        x = self.from_tokens(codes)  # (B,8c,H/16,W/16)
-        for narrow, level, skip in zip(self.narrow, self.levels, reversed(skips)):
-            x = level(F.interpolate(narrow(x), scale_factor=2) + skip)
+        x = self.upward(self.from_tokens(codes), skips)  # (B,c,H/2,W/2)
         return F.pixel_shuffle(self.head(x), 2)  # (B,C,H,W) from 2x2 pixels stacked into channels
 
 class ImageDecoder(nn.Module):
-    """D_i: q(z) and nothing else -> image (B,1,16h,16w)."""
+    """D_i: q(z) and nothing else -> image (B,1,H,W)."""
 
-    def __init__(self, width: int, dim: int):
+    def __init__(self, width: int, dim: int, stride: int):
         super().__init__()
+        self.doublings = stride.bit_length() - 3  # from 1/stride to 1/4: 2, 1 or 0
         self.from_tokens = nn.Conv2d(dim, 4 * width, 1)
         channels = [4 * width, 2 * width, width]
         self.levels = nn.ModuleList(conv_block(i, o) for i, o in zip(channels, channels[1:]))
@@ -102,8 +118,8 @@ class ImageDecoder(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         x = self.from_tokens(codes)
-        for level in self.levels:
-            x = level(F.interpolate(x, scale_factor=2))
+        for n, level in enumerate(self.levels):
+            x = level(F.interpolate(x, scale_factor=2) if n < self.doublings else x)
         return F.pixel_shuffle(self.head(x), 4)
 
 class FeatureAdapter(nn.Module):
@@ -115,8 +131,7 @@ class FeatureAdapter(nn.Module):
         self.project = nn.Conv2d(dim, fm_channels, 1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        resized = F.interpolate(codes, size=self.grid, mode="bilinear", align_corners=False)
-        return self.project(resized)  # (B,C',H',W')
+        return self.project(F.interpolate(codes, self.grid, mode="bilinear"))  # (B,C',H',W')
 
 class StandInFM(nn.Sequential):
     """A frozen stand-in for the foundation model: the same random convolutions for every seed. It
@@ -148,14 +163,15 @@ def foundation_model(kind: str, weights: str = "") -> tuple[nn.Module | None, st
 class VQSeg(nn.Module):
     """Encoder, quantizer, both decoders and adapter: the student, and by `ema_update` the teacher.
 
-    quantize=False is the supervised baseline: encoder and D_s on continuous tokens. fm_grid is
-    (C',H',W') of the foundation model's features; None: no adapter. H, W are multiples of 16.
+    codebook_size 0: D_s and D_i see continuous tokens. The supervised baseline is that without
+    D_i. fm_grid: (C',H',W') of the foundation model's features. H, W are multiples of 16.
     """
 
     def __init__(self, classes: int = 4, codebook_size: int = 1024, width: int = 24, dim: int = 32,
-                 encoder: str = "conv", quantize: bool = True, usage_weight: float = 0.1,
+                 encoder: str = "conv16", image_branch: bool = True, usage_weight: float = 0.1,
                  fm_grid: tuple[int, int, int] | None = None):
         super().__init__()
+        stride, skips = NETWORKS.get(encoder, (16, True))
         if encoder == "dinov2":  # the paper's, with 384 channels
             from extras.dinov2 import DINOv2Encoder, DPTDecoder
 
@@ -163,22 +179,19 @@ class VQSeg(nn.Module):
             self.encoder = DINOv2Encoder()
             self.segmentation_decoder = DPTDecoder(dim, classes)
         else:
-            self.encoder = Encoder(width, dim)
-            self.segmentation_decoder = SegmentationDecoder(width, dim, classes)
-        self.quantizer, self.image_decoder, self.adapter = None, None, None
-        if quantize:
-            self.quantizer = VectorQuantizer(codebook_size, dim, usage_weight=usage_weight)
-            self.image_decoder = ImageDecoder(width, dim)
-        if fm_grid:
-            self.adapter = FeatureAdapter(dim, fm_grid[0], fm_grid[1:])
+            channels = [width, 2 * width, 4 * width, 8 * width]
+            self.encoder = Encoder(channels, dim, stride, skips)
+            up_from = channels[: self.encoder.shallower + 1]
+            self.segmentation_decoder = SegmentationDecoder(up_from, dim, classes)
+        self.quantizer = VectorQuantizer(codebook_size, dim, usage_weight=usage_weight)
+        self.image_decoder = ImageDecoder(width, dim, stride) if image_branch else None
+        self.adapter = FeatureAdapter(dim, fm_grid[0], fm_grid[1:]) if fm_grid else None
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, labeled: int, how: str, eps: float, temperature: float,
                 generator: torch.Generator | None) -> Decoded:
         """Eq. 7, of a batch whose first `labeled` slices are labeled; the others are perturbed."""
         z, skips = self.encoder(x)
-        if self.quantizer is None:
-            return Decoded(resized(self.segmentation_decoder(z, skips), x))
         q = self.quantizer(z)
         tokens = q.codes
         if labeled < len(x):  # q'(z): QPM, Eq. 4, or what --perturb names
@@ -186,7 +199,7 @@ class VQSeg(nn.Module):
             perturbed = PERTURBATIONS[how](*unlabeled, eps, temperature, generator)
             tokens = torch.cat([q.codes[:labeled], perturbed])
         y_hat = resized(self.segmentation_decoder(tokens, skips), x)
-        x_hat = resized(self.image_decoder(q.codes), x)
+        x_hat = resized(self.image_decoder(q.codes), x) if self.image_decoder else None
         f_pfa = self.adapter(q.codes) if self.adapter else None
         return Decoded(y_hat, x_hat, q.indices, q.loss, f_pfa)
 
@@ -194,10 +207,9 @@ class VQSeg(nn.Module):
                 generator: torch.Generator | None = None) -> Tensor:
         """D_s( q(z) ), or D_s( q'(z) ) of all slices: (B,1,H,W) -> logits (B,C,H,W)."""
         z, skips = self.encoder(x)
-        if self.quantizer is not None:
-            q = self.quantizer(z)
-            z = PERTURBATIONS[how](q.codes, q.indices, q.codebook, eps, temperature, generator)
-        return resized(self.segmentation_decoder(z, skips), x)
+        q = self.quantizer(z)
+        tokens = PERTURBATIONS[how](q.codes, q.indices, q.codebook, eps, temperature, generator)
+        return resized(self.segmentation_decoder(tokens, skips), x)
 
 def resized(y: Tensor, x: Tensor) -> Tensor:
     """y at the size of x. DINOv2's patches of 14 pixels do not fill a crop of 128."""

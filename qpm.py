@@ -6,13 +6,11 @@ logarithms.
 
 The paper does not say:
   - the scale of d in Eq. 4. In many dimensions codewords are almost equally far apart; then exp(-d)
-    is nearly constant and Eq. 4 is uniform replacement. We divide d by a temperature T: T = 1 is
-    the paper's formula, T -> 0 takes the nearest codeword, T = inf is uniform. So eps says how
-    often a token changes, and T how far.
+    is nearly constant and Eq. 4 is uniform replacement. We divide d by a temperature T: 1 is the
+    paper's, T -> 0 takes the nearest codeword. So eps says how often a token changes, T how far.
   - which of two perturbations it means. The abstract shuffles the spatial locations of the indices;
     Section 3.3 and Figure 3 resample each index from pi(.|i). Ours is Eq. 4 (`perturb`); the
     abstract's is `shuffle`.
-The authors' release uses the squared distance and eps = 0.1.
 """
 
 import math
@@ -25,15 +23,9 @@ Generator = torch.Generator | None
 PROPOSALS = 4  # per token and round of `perturb`
 ROUNDS = 8  # 32 proposals in all; unit codewords at T = 1 accept a quarter of them
 
-def dropout_kl(p: Tensor, inverted: bool = False) -> Tensor:
-    """Eq. 1: KL(P||Q) ~= 1/2 ( p/(1-p) + log(1-p) ), P = N(0,s^2), Q = N(0,(1-p)s^2). p in [0,1).
-
-    inverted: nn.Dropout scales what it keeps by 1/(1-p), so that Q = N(0,s^2/(1-p)) and
-    KL = 1/2 ( -p - log(1-p) ). Both diverge as p -> 1.
-    """
+def dropout_kl(p: Tensor) -> Tensor:
+    """Eq. 1: KL(P||Q) ~= 1/2 ( p/(1-p) + log(1-p) ) of P = N(0,s^2), Q = N(0,(1-p)s^2); p < 1."""
     p = torch.as_tensor(p, dtype=torch.float64)
-    if inverted:
-        return 0.5 * (-p - torch.log1p(-p))
     return 0.5 * (p / (1 - p) + torch.log1p(-p))
 
 def uniform_prior(codebook_size: int) -> Tensor:

@@ -4,9 +4,8 @@ Implements Sections 3.4 to 3.6 (student and EMA teacher, Eq. 7 to 12) and the se
 Names: _l labeled, _u unlabeled weak view, _a unlabeled strong view; x image, y mask, _hat output.
 
 The paper does not say:
-  - which unlabeled view the student sees. Ours is the strong one, x_a: QPM perturbs its tokens, its
-    pseudo-label is the teacher's of the weak view x_u, and D_i reconstructs x_u, as in Eq. 9.
-  - which view of a labeled slice: the strong one too.
+  - which view the student sees. Ours is the strong one, of an unlabeled slice x_a: QPM perturbs its
+    tokens, the teacher labels the weak view x_u, and D_i reconstructs x_u, as in Eq. 9.
   - any warm-up before the unlabeled loss (`--warmup`) or of the learning rate (100 steps).
   - what an epoch is, or its "decay 3e-5": a pass over the unlabeled slices; SGD's weight decay.
 """
@@ -32,7 +31,7 @@ import data
 import evaluate
 import losses
 from data import BadInput, Dataset
-from model import VQSeg, ema_update, foundation_model
+from model import NETWORKS, VQSeg, ema_update, foundation_model
 from qpm import PERTURBATIONS
 
 
@@ -58,7 +57,7 @@ class Settings:
     perturb: str = option("qpm", "qpm is Eq. 4, shuffle the abstract's", [*PERTURBATIONS])
     eps: float = option(0.7, "strength of the perturbation", high=1)
     temperature: float = option(1.0, "T, divides d in Eq. 4; inf = uniform replacement", low=1e-6)
-    codebook_size: int = option(1024, "K", low=2)
+    codebook_size: int = option(1024, "K; 0 = tokens are not quantized: a control")
     lambda_u: float = option(1.0, "weight of the unlabeled loss, Eq. 10")
     lambda_a: float = option(0.1, "weight of the alignment, Eq. 12")
     lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 = no image branch")
@@ -70,7 +69,8 @@ class Settings:
     threshold: float = option(0.0, "pseudo-labels of less confidence do not count", high=1)
     warmup: float = option(0.2, "share of the steps on labeled slices alone", high=1)
     lr: float = option(3e-3, "learning rate; falls as (1 - step/steps)^0.9")
-    encoder: str = option("conv", "conv: small, from scratch; dinov2: paper's", ["conv", "dinov2"])
+    encoder: str = option("conv16", "conv: from scratch, tokens of 16, 8 or 4 pixels; alone: "
+                          "D_s sees only tokens; dinov2: the paper's", [*NETWORKS, "dinov2"])
     width: int = option(24, "channels of the first level of the conv network", low=1)
 
 # Section 4.2 and Eq. 8 to 12. Not flags: SGD in place of AdamW, and 100 epochs.
@@ -210,9 +210,9 @@ def build(s: Settings, dataset: Dataset, device: torch.device):
     fm, fm_name = foundation_model(s.fm, s.fm_weights)
     s.fm = s.fm if fm else "none"  # also for a run that is resumed where there are weights
     fm_grid = tuple(fm(torch.zeros(1, 1, data.CROP, data.CROP)).shape[1:]) if fm else None
-    network = dict(classes=len(dataset.labels), codebook_size=s.codebook_size, width=s.width,
-                   encoder=s.encoder, quantize=not s.supervised, usage_weight=s.lambda_usage,
-                   fm_grid=fm_grid)
+    network = dict(classes=len(dataset.labels), width=s.width, encoder=s.encoder, fm_grid=fm_grid,
+                   codebook_size=0 if s.supervised else s.codebook_size,
+                   image_branch=not s.supervised, usage_weight=s.lambda_usage)
     torch.manual_seed(s.seed)
     student = VQSeg(**network)
     if s.encoder == "dinov2":
@@ -281,6 +281,8 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
         if f.type in (int, float) and not low <= value <= high:
             raise BadInput(f"--{f.name.replace('_', '-')} {value}: must be {low} to {high}")
+    if s.codebook_size < 2 and s.perturb in ("qpm", "shuffle"):
+        raise BadInput(f"--codebook-size {s.codebook_size}: must be 2 or more for {s.perturb}")
     return s
 
 if __name__ == "__main__":

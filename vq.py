@@ -71,7 +71,8 @@ def usage(counts: Tensor) -> tuple[float, float]:
     return (counts > 0).double().mean().item(), entropy.exp().item()
 
 class VectorQuantizer(nn.Module):
-    """K codewords of D channels. The codebook is Linear(frozen table), each row of unit length."""
+    """K codewords of D channels. The codebook is Linear(frozen table), each row of unit length.
+    K = 0 is a control: the tokens stay as they are."""
 
     USAGE_TOKENS = 64  # of each image, for the usage term, whose (tokens, K) table is large
 
@@ -79,10 +80,10 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.beta = beta
         self.usage_weight = usage_weight
-        # A buffer is saved and moved with the model, but the optimizer never changes it.
-        self.register_buffer("table", torch.randn(codebook_size, dim) * dim**-0.5)
+        self.register_buffer("table", torch.randn(codebook_size, dim) * dim**-0.5)  # never trained
         self.linear = nn.Linear(dim, dim, bias=False)
         nn.init.orthogonal_(self.linear.weight)  # a rotation: the table's distances at the start
+        self.linear.requires_grad_(codebook_size > 0)
 
     @property
     def codebook(self) -> Tensor:
@@ -101,6 +102,9 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Quantized:
         """(B,D,h,w) tokens -> q(z), indices, loss and codebook; without gradient the loss is 0."""
+        if not len(self.table):
+            none = torch.zeros_like(z[:, 0], dtype=torch.long)  # (B,h,w)
+            return Quantized(z, none, z.new_zeros(()), self.table)
         codebook = self.codebook
         indices = nearest(z.permute(0, 2, 3, 1), codebook)  # (B,h,w)
         codes = self.indices_to_codes(indices)  # (B,D,h,w)

@@ -182,7 +182,8 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
     kl = [qpm.qpm_kl(prior, qpm.perturbed_marginal(prior, qpm.transition_matrix(random, e)))
           for e in p.tolist()]
     middle.plot(p, qpm.dropout_kl(p), color="#D55E00", label="dropout, Eq. 1")
-    middle.plot(p, qpm.dropout_kl(p, inverted=True), "--", color="#D55E00", label="nn.Dropout")
+    # nn.Dropout scales what it keeps by 1/(1-p), so that Q = N(0,s^2/(1-p)).
+    middle.plot(p, (-p - torch.log1p(-p)) / 2, "--", color="#D55E00", label="nn.Dropout")
     middle.plot(p, kl, color="#0072B2", label="QPM, Eq. 6 (64 random codewords)")
     bound = [qpm.qpm_kl_bound(random, e) for e in p.tolist()]
     middle.plot(p, bound, ":", color="#0072B2", label="bound of Appendix B")

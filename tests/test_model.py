@@ -110,12 +110,53 @@ def test_predict_can_perturb_all_slices(net):
 
 
 def test_supervised_network_has_continuous_tokens_and_no_image_branch():
-    net = VQSeg(width=4, dim=8, quantize=False).eval()
+    net = VQSeg(width=4, dim=8, codebook_size=0, image_branch=False).eval()
     seen = inputs_of(net.segmentation_decoder)
     out = net(images(), 4, "none", 0.0, 1.0, None)
-    assert net.quantizer is None and net.image_decoder is None
     assert torch.equal(seen[0], net.encoder(images()).z)
-    assert out.x_hat is None and out.vq_loss is None
+    assert out.x_hat is None and out.vq_loss == 0
+
+
+def test_without_a_codebook_both_decoders_see_the_encoder_s_tokens():
+    net = VQSeg(width=4, dim=8, codebook_size=0)
+    x = images()
+    out = net(x, 2, "none", 0.0, 1.0, None)
+    z = net.encoder(x).z
+    seen = [inputs_of(net.segmentation_decoder), inputs_of(net.image_decoder)]
+    net(x, 2, "none", 0.0, 1.0, None)
+    assert all(torch.equal(tokens[0], z) for tokens in seen)
+    assert out.vq_loss == 0 and not out.vq_loss.requires_grad
+
+
+@pytest.mark.parametrize("name, stride", [("conv16", 16), ("conv8", 8), ("conv4", 4),
+                                          ("conv4-alone", 4)])
+def test_tokens_sit_at_the_stride_and_skips_are_the_maps_above_it(name, stride):
+    net = VQSeg(classes=3, codebook_size=32, width=4, dim=8, encoder=name).eval()
+    z, skips = net.encoder(images())
+    out = net(images(), 2, "qpm", 0.5, 1.0, seeded())
+    assert z.shape == (4, 8, 64 // stride, 64 // stride)
+    sizes = [64 // 2**n for n in range(1, 4) if 2**n < stride]
+    assert [skip.shape[2] for skip in skips] == ([] if name == "conv4-alone" else sizes)
+    assert out.y_hat.shape == (4, 3, 64, 64) and out.x_hat.shape == (4, 1, 64, 64)
+
+
+@pytest.mark.parametrize("name, alone", [("conv16", False), ("conv8", False), ("conv4", False),
+                                         ("conv4-alone", True)])
+def test_eq7_as_written_the_mask_depends_on_tokens_alone(name, alone):
+    """Two images with the same tokens have the same mask, where D_s sees nothing else."""
+    net = VQSeg(classes=3, codebook_size=32, width=4, dim=8, encoder=name).eval()
+    codes = torch.randn(1, 8, *net.encoder(images(1)).z.shape[2:])
+    masks = [net.segmentation_decoder(codes, net.encoder(images(1, seed)).skips) for seed in (1, 2)]
+    assert torch.equal(*masks) == alone
+
+
+def test_the_encoder_s_way_up_uses_the_maps_between_1_16_and_the_tokens():
+    net = VQSeg(width=4, dim=8, encoder="conv4").eval()
+    seen = []
+    net.encoder.upward.register_forward_pre_hook(lambda _, given: seen.append(given))
+    net.encoder(images())
+    assert seen[0][0].shape == (4, 32, 4, 4)
+    assert [skip.shape for skip in seen[0][1]] == [(4, 8, 16, 16), (4, 16, 8, 8)]
 
 
 def test_an_output_of_another_size_is_resized_to_the_image():

@@ -33,12 +33,6 @@ def test_eq1_is_the_gaussian_kl_by_numerical_integration(p):
     assert qpm.dropout_kl(p).item() == pytest.approx(gaussian_kl(1 - p), abs=1e-6)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_eq1_of_inverted_dropout_is_the_gaussian_kl_of_its_variance(p):
-    found = qpm.dropout_kl(p, inverted=True).item()
-    assert found == pytest.approx(gaussian_kl(1 / (1 - p)), abs=1e-6)
-
-
 def transition_by_loops(c: np.ndarray, eps: float, temperature: float) -> np.ndarray:
     """Eq. 4 as it is written."""
     K = len(c)

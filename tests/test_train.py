@@ -412,7 +412,7 @@ def test_paper_has_none_of_our_additions():
 
 
 def test_paper_has_sgd_with_momentum_and_weight_decay():
-    optimizer = built("--paper", "--encoder", "conv", "--fm", "none")[4]
+    optimizer = built("--paper", "--encoder", "conv16", "--fm", "none")[4]
     assert isinstance(optimizer, torch.optim.SGD)
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 3e-5)
 
