@@ -3,6 +3,7 @@
     python -m extras.compare RUN_OR_CSV ... [--records FILE]
     python -m extras.compare RUN_OR_CSV ... --pairs "qpm default,base none"
     python -m extras.compare RUN_OR_CSV ... --sweep eps --figure FILE
+    python -m extras.compare RUN_OR_CSV ... --gain FILE
 
 Implements Appendix D, the paired two-tailed t-test. Runs that differ in nothing but the seed are a
 row of the table; a pair is two runs of the same seed, and the test is on their validation Dice.
@@ -47,17 +48,17 @@ class Record(NamedTuple):
     perplexity: float
     best_step: int  # of the teacher that is scored
     val_log: str  # JSON, the validations: [{"step": ..., "val_dice": ...}, ...]
+    exchanged: float = math.nan  # Dice after `evaluate.py RUN --eps 1`, every token replaced
 
 
 def read_run(run: Path) -> Record:
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     text = (run / "log.jsonl").read_text(encoding="utf-8")
     log = [json.loads(line) for line in text.splitlines()]
-    rows = []
-    with open(run / "val.csv", newline="", encoding="utf-8") as file:
-        for x in csv.DictReader(file):
-            scores = [float(x[metric]) for metric in METRICS]
-            rows.append(Row(x["case"], x["label"], *scores, empty=x["empty"] == "True"))
+    rows = read_rows(run / "val.csv")
+    exchanged = math.nan
+    if (run / "val-eps1.0.csv").exists():
+        exchanged = round(class_means(read_rows(run / "val-eps1.0.csv"))["mean"][0], 5)
     settings = config["settings"] | {"processes": config.get("processes", 1)}
     learned = {name: value for name, value in settings.items() if name not in NEUTRAL}
     val_log = [line for line in log if "val_dice" in line]
@@ -67,7 +68,17 @@ def read_run(run: Path) -> Record:
     means = [round(value, 5) for value in class_means(rows)["mean"]]
     return Record(run.resolve().name, config["commit"], settings["seed"], config["fm"],
                   json.dumps(learned), *means, sum(row.empty for row in rows), len(rows),
-                  *usage[-1], best["step"], json.dumps(val_log))
+                  *usage[-1], best["step"], json.dumps(val_log), exchanged)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The lines of a CSV that evaluate.py writes."""
+    rows = []
+    with open(path, newline="", encoding="utf-8") as file:
+        for x in csv.DictReader(file):
+            scores = [float(x[metric]) for metric in METRICS]
+            rows.append(Row(x["case"], x["label"], *scores, empty=x["empty"] == "True"))
+    return rows
 
 
 def read_records(path: Path) -> list[Record]:
@@ -182,12 +193,13 @@ def table(records: list[Record]) -> list[list[str]]:
         common = seeds.keys() & first.keys()
         p_values.append(t_test([seeds[k].dice for k in common], [first[k].dice for k in common]))
     head = [*groups[0][0], "foundation model", "seeds", "Dice", "Jaccard", "HD95 (voxels)",
-            "ASD (voxels)", "codewords in use", "empty predictions", "p against the first row"]
+            "ASD (voxels)", "codewords in use", "Dice, tokens exchanged", "empty predictions",
+            "p against the first row"]
     rows = []
     for (differ, seeds), *tests in zip(groups, p_values, holm(p_values)):
         runs = list(seeds.values())
         row = [*map(str, differ.values()), runs[0].fm, " ".join(map(str, sorted(seeds)))]
-        for name in (*METRICS, "utilization"):
+        for name in (*METRICS, "utilization", "exchanged"):
             row.append(mean_std([getattr(run, name) for run in runs]))
         row.append(f"{sum(run.empty for run in runs)} of {sum(run.scored for run in runs)}")
         row += ["-" if math.isnan(p) else f"{p:.2g}" for p in tests]
@@ -234,11 +246,40 @@ def draw_sweep(records: list[Record], name: str, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def draw_gain(records: list[Record], path: Path) -> None:
+    """For each network, what a perturbation adds against how much the network needs its tokens."""
+    from matplotlib.figure import Figure
+
+    cells: dict[tuple, dict[int, Record]] = {}
+    for differ, seeds in by_settings(records):
+        if differ.keys() - {"encoder", "perturb"}:
+            raise BadInput(f"--gain: runs differ in {', '.join(differ)}; give runs of one study")
+        cells[differ.get("encoder"), differ["perturb"]] = seeds
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(0, color="gray", linewidth=0.8)
+    for color, perturb in zip(("C0", "C1", "C2"), ("qpm", "shuffle", "dropout")):
+        for encoder in [encoder for encoder, name in cells if name == perturb]:
+            runs, base = cells[encoder, perturb], cells[encoder, "none"]
+            seeds = sorted(runs.keys() & base.keys())
+            gain = [runs[k].dice - base[k].dice for k in seeds]
+            need = [runs[k].dice - runs[k].exchanged for k in seeds]
+            x, y = np.mean(need), np.mean(gain)
+            axis.errorbar(x, y, np.std(gain, ddof=1), np.std(need, ddof=1), "o", color=color)
+            axis.annotate(f" {encoder}", (x, y), fontsize=8)
+        axis.plot([], [], "o", color=color, label=perturb)
+    axis.set_xlabel("token dependence: Dice lost when every token is exchanged at test time")
+    axis.set_ylabel("Dice over no perturbation, paired")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
 def run_command(args: argparse.Namespace) -> None:
     if bool(args.sweep) != bool(args.figure):
         raise BadInput("--sweep and --figure: give both, the setting and where its figure goes")
-    if args.figure and args.figure.suffix not in (".png", ".pdf", ".svg"):
-        raise BadInput(f"--figure {args.figure}: must end in .png, .pdf or .svg")
+    for path in (args.figure, args.gain):
+        if path and path.suffix not in (".png", ".pdf", ".svg"):
+            raise BadInput(f"{path}: a figure must end in .png, .pdf or .svg")
     if args.records and args.records.exists():
         raise BadInput(f"--records {args.records}: already exists; not overwriting; rename it")
     records = read_all(args.runs)
@@ -255,6 +296,8 @@ def run_command(args: argparse.Namespace) -> None:
             csv.writer(file).writerows([Record._fields, *records])
     if args.sweep:
         draw_sweep(records, args.sweep, args.figure)
+    if args.gain:
+        draw_gain(records, args.gain)
 
 
 def main() -> None:
@@ -266,6 +309,8 @@ def main() -> None:
                         help="no table, but the runs A-SEED and B-SEED against C-SEED and D-SEED")
     parser.add_argument("--sweep", metavar="SETTING", help="setting for the x axis of --figure")
     parser.add_argument("--figure", type=Path, help="draw Dice against --sweep into this file")
+    parser.add_argument("--gain", type=Path, metavar="FILE", help="draw the gain by a perturbation "
+                        "against how much each network needs its tokens")
     try:
         run_command(parser.parse_args())
     except (BadInput, OSError) as error:

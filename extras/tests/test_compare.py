@@ -126,9 +126,9 @@ def test_the_table_has_a_row_for_each_setting_and_pairs_by_seed(runs, call):
     head, rule, *rows = [line.strip("| \n").split(" | ") for line in out.splitlines()]
     assert status == 0 and set(rule) == {"---"}
     assert head == ["eps", "temperature", "foundation model", "seeds", "Dice", "Jaccard",
-                    "HD95 (voxels)", "ASD (voxels)", "codewords in use", "empty predictions",
-                    "p against the first row", "p by Holm"]
-    rest = ["0.5000 +- 0.0000", "0.5000 +- 0.0000", "1.0000 +- 0.0000", "0.5000 +- 0.0000"]
+                    "HD95 (voxels)", "ASD (voxels)", "codewords in use", "Dice, tokens exchanged",
+                    "empty predictions", "p against the first row", "p by Holm"]
+    rest = ["0.5000 +- 0.0000", "0.5000 +- 0.0000", "1.0000 +- 0.0000", "0.5000 +- 0.0000", "-"]
     a, b, c = rows
     p = compare.t_test([0.6, 0.75], [0.5, 0.6])
     assert a == ["0.3", "1.0", "none", "1 2 3", "0.6000 +- 0.1000", *rest, "0 of 6", "-", "-"]
@@ -235,7 +235,7 @@ def test_the_command_line_draws_a_sweep(runs, tmp_path, call):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--sweep eps", "give both"), ("--sweep eps --figure f.abc", "must end in"),
+    ("--sweep eps", "give both"), ("--sweep eps --figure f.abc", "must end in .png"),
     ("--sweep lr --figure f.png", "do not differ in it, but in eps"),
     ("--sweep how --figure f.png", "is not a number")])
 def test_a_sweep_that_cannot_be_drawn_is_refused(runs, tmp_path, call, monkeypatch, flags, message):
@@ -243,3 +243,34 @@ def test_a_sweep_that_cannot_be_drawn_is_refused(runs, tmp_path, call, monkeypat
     other = write_run(tmp_path / "d", [0.5], eps=0.1, how="qpm")
     status, _, err = call(*runs, other, *flags.split())
     assert status == 2 and message in err and err.count("\n") == 1
+
+
+# -- Gain against token dependence
+
+
+def test_the_gain_is_paired_and_stands_over_what_exchanged_tokens_cost(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda _, *xy, **how: drawn.append(xy))
+    runs = []
+    for seed, none, qpm, exchanged in ((1, 0.5, 0.6, 0.4), (2, 0.7, 0.7, 0.6), (3, 0.1, 0.9, 0.8)):
+        run = record("q", seed, qpm, encoder="e", perturb="qpm")
+        runs.append(run._replace(exchanged=exchanged))
+        if seed < 3:  # the third has no partner
+            runs.append(record("n", seed, none, encoder="e", perturb="none"))
+    compare.draw_gain(runs, tmp_path / "g.png")
+    need, gain, gain_std, need_std = drawn[0][:4]
+    assert (need, gain) == pytest.approx((0.15, 0.05))
+    assert (need_std, gain_std) == pytest.approx((0.05 * 2**0.5, 0.05 * 2**0.5))
+
+
+def test_the_gain_of_runs_that_differ_in_more_than_their_network_is_refused(tmp_path):
+    runs = [record("a", 1, 0.5, perturb="none", eps=0.1), record("b", 1, 0.5, perturb="qpm", eps=1)]
+    with pytest.raises(BadInput, match="differ in .*eps"):
+        compare.draw_gain(runs, tmp_path / "g.png")
+
+
+def test_a_record_has_the_dice_after_all_tokens_are_exchanged(runs):
+    twin = write_run(runs[0].parent / "twin", [0.2, 0.4])
+    (twin / "val.csv").rename(runs[0] / "val-eps1.0.csv")
+    assert compare.read_run(runs[0]).exchanged == pytest.approx(0.3)
+    assert math.isnan(compare.read_run(runs[1]).exchanged)
