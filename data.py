@@ -3,8 +3,8 @@
 Implements the data part of Section 4.2: ACDC's 70/10/20 patients with 3 or 7 labeled (5 %, 10 %),
 slices cropped to 128x128, random rotation, intensity ("color") jitter, Gaussian noise, blur; by the
 field's protocol: labeled patients are the first of a fixed list, intensities min-max to [0,1] per
-volume, classes 1 RV cavity, 2 myocardium, 3 LV cavity. Only the grid differs, which metrics at
-native size do not notice: others stretch a slice to 256x256, we keep its aspect ratio.
+volume, classes 1 RV cavity, 2 myocardium, 3 LV cavity. Only the grid differs (others stretch slices
+to 256x256, we keep their aspect ratio), which metrics at native size do not notice.
 The paper does not say:
   - where the crop lies. Ours is near the center in training; evaluation sees the central EVAL_CROP
     pixels, which hold every heart, and calls the rest background.
@@ -14,6 +14,7 @@ The paper does not say:
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if sys.version_info < (3, 10):  # the type hints below would be a TypeError
+    print("Python 3.10 or newer is needed; this is", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
 
 GRID = 240  # G: pixels of a slice's longer side
 CROP = 128  # training sees so many pixels of it, Section 4.2
@@ -61,6 +66,7 @@ class Dataset(NamedTuple):
     cases: list[Case]
     images: Tensor  # (N,G,G) float32 or float16 in [0,1]
     masks: Tensor  # (N,G,G) uint8; 0 where a case has no mask
+    unit: str = "voxels"  # of distances: the field's protocol; mm for a set of one's own
 
     def part(self, part: str) -> list[Case]:
         """The cases of train, val or test, in the order of the split."""
@@ -93,7 +99,7 @@ def load(name: str, root: str = "", parts: tuple[str, ...] = ("train", "val")) -
     if (folder / "dataset.json").exists():
         return load_prepared(folder)
     if name != "acdc" or not folder.is_dir():
-        remedy = "give acdc's place with --root, or prepare your own: python -m extras.prepare"
+        remedy = "name its folder with --root, or prepare your own: python -m extras.prepare"
         raise BadInput(f"{folder}: neither ACDC nor a prepared set; {remedy}")
     return stack(*read_acdc(folder, parts), ACDC_SPLIT, labeled=7)
 
@@ -108,7 +114,7 @@ def load_prepared(folder: Path) -> Dataset:
         masks = torch.from_numpy(np.load(folder / "masks.npy", mmap_mode="c"))
         images = images / 255 if images.dtype == torch.uint8 else images  # for a set to be sent
         return Dataset(**about, cases=cases, images=images, masks=masks)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{folder}: damaged ({error!r}); run extras.prepare again") from None
 
 def read_acdc(root: Path, parts: tuple[str, ...]) -> tuple[list[Case], list[np.ndarray]]:
@@ -137,28 +143,27 @@ def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     try:
         file = nib.load(path)
         voxels = np.asarray(file.dataobj)
+        if voxels.ndim != 3 or 0 in voxels.shape:
+            raise ValueError(f"shape {voxels.shape} is not (x, y, z)")
+        if voxels.dtype.kind not in "iufb" or not np.isfinite(voxels).all():
+            raise ValueError("voxels are no finite numbers")
     except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise BadInput(f"{path}: cannot be read as NIfTI ({reason}); copy it again") from None
-    if voxels.ndim != 3 or 0 in voxels.shape:
-        raise BadInput(f"{path}: has shape {voxels.shape}, not (x, y, z); store one volume a file")
-    if voxels.dtype.kind not in "iufb" or not np.isfinite(voxels).all():
-        raise BadInput(f"{path}: holds voxels that are no finite numbers; replace them")
+        fault = str(error).split("\n")[0] or type(error).__name__
+        raise BadInput(f"{path}: not as downloaded ({fault}); copy it again") from None
     return voxels.T, tuple(float(s) for s in file.header.get_zooms()[::-1])
 
 def read_mask(case: Case, classes: int) -> np.ndarray:
     """The native mask: (Z,H,W) uint8 with values in [0, classes)."""
     mask = case.mask if isinstance(case.mask, np.ndarray) else read_nifti(case.mask)[0]
-    if mask.shape != tuple(case.shape):
-        shapes = f"{mask.shape[::-1]}, its image {tuple(case.shape[::-1])}"
-        raise BadInput(f"{case.mask}: has shape {shapes}; they must be equal")
     labels = np.clip(np.rint(mask), 0, 255).astype(np.uint8)
     # Not exactly: a mask saved with a scale factor has 0.9999999 for 1.
     wrong = mask[(np.abs(mask - labels.astype(np.float64)) > 1e-3) | (labels >= classes)]
+    if mask.shape == tuple(case.shape) and not len(wrong):
+        return labels
+    fault = f"has shape {mask.shape[::-1]}, its image {tuple(case.shape[::-1])}; they must be equal"
     if len(wrong):
-        fault = f"label value {wrong[0]:.9g} is not one of 0 to {classes - 1}"
-        raise BadInput(f"{case.mask}: {fault}; change the mask's labels")
-    return labels
+        fault = f"label value {wrong[0]:.9g} is not one of 0 to {classes - 1}; change the labels"
+    raise BadInput(f"{case.mask}: {fault}")
 
 def scale(volume: np.ndarray, window: tuple[float, float] | None = None) -> np.ndarray:
     """(Z,H,W) -> float32 in [0,1]: the window, or else the volume's minimum and maximum."""

@@ -2,8 +2,7 @@
 
 Implements the numbers of Section 4.1 and of Tables 1 and 7 (Dice, Jaccard, 95HD, ASD) by the
 field's protocol: each frame is one volume, each class is scored in 3-D against the native mask;
-mean over volumes, then over classes; one view of a slice, no post-processing. `--tta` and
-`--keep-largest` go beyond that protocol, and the table says so.
+mean over volumes, then over classes; one view of a slice, no post-processing unless flags say so.
 
 The paper does not say which distances it takes. Ours are medpy's, in voxels, as in other papers:
   - surface = mask minus its 6-connected erosion; outside the volume counts as background.
@@ -16,11 +15,11 @@ The paper does not say which distances it takes. Ours are medpy's, in voxels, as
 
 import argparse
 import csv
+import importlib
 import math
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ from model import VQSeg
 from vq import usage
 
 METRICS = ["dice", "jaccard", "hd95", "asd"]
-PROTOCOL = "one view, no post-processing, distances in voxels"
+PROTOCOL = "one view, no post-processing"
 Model = Callable[[Tensor], Tensor]  # (B,1,H,W) -> logits (B,C,H,W)
 
 class Row(NamedTuple):
@@ -133,8 +132,7 @@ def predict(model: Model, images: Tensor, shape: tuple[int, int], crop: int, dev
     return torch.cat(labels).numpy()
 
 def evaluate(model: Model, dataset: Dataset, part: str, device: torch.device, amp: bool = False,
-             distances: bool = True, mm: bool = False,
-             post_process: Callable | None = None) -> list[Row]:
+             distances: bool = True, post_process: Callable | None = None) -> list[Row]:
     """Scores of all volumes of train, val or test; post_process changes a predicted volume."""
     rows: list[Row] = []
     for case in dataset.part(part):
@@ -143,8 +141,11 @@ def evaluate(model: Model, dataset: Dataset, part: str, device: torch.device, am
         if post_process:
             prediction = post_process(prediction)
         truth = data.read_mask(case, len(dataset.labels))
-        spacing = case.spacing if mm else (1, 1, 1)
-        rows += score(case.name, prediction, truth, dataset.labels, spacing, distances)
+        spacing = case.spacing if dataset.unit == "mm" else (1, 1, 1)
+        found = score(case.name, prediction, truth, dataset.labels, spacing, distances)
+        if distances:  # which take their time
+            print(f"{case.name}: Dice {nanmean([r[2:3] for r in found])[0]:.4f}", flush=True)
+        rows += found
     return rows
 
 def class_means(rows: list[Row]) -> dict[str, np.ndarray]:
@@ -157,9 +158,6 @@ def nanmean(values: list) -> np.ndarray:
     """(n,m) -> (m,), of what is not nan; nan where nothing is left."""
     return np.ma.masked_invalid(values).mean(0).filled(math.nan)
 
-def mean_dice(rows: list[Row]) -> float:
-    return float(class_means(rows)["mean"][0])
-
 def table(rows: list[Row]) -> str:
     """The means, and in how many volumes nothing of a class was predicted."""
     lines = [f"{'class':10}" + "".join(f"{m:>9}" for m in METRICS) + "   empty predictions"]
@@ -169,45 +167,52 @@ def table(rows: list[Row]) -> str:
         lines.append(f"{label:10}{cells}   {sum(r.empty for r in counted)} of {len(counted)}")
     return "\n".join(lines)
 
-def report(path: Path, rows: list[Row], saved: dict, how: str = PROTOCOL) -> None:
+def report(path: Path, rows: list[Row], saved: dict, unit: str, how: str = PROTOCOL) -> None:
     """The rows into a CSV file; the table, and what it is of, on the screen."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
-    print(f"\n{path}: teacher of step {saved['step']}, the best on validation; {how}")
-    print(f"foundation model: {saved['fm']}\n{table(rows)}")
+    head = [f"{name}_{unit}" if name in ("hd95", "asd") else name for name in Row._fields]
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        csv.writer(file).writerows([head, *rows])
+    print(f"\n{path}: teacher of step {saved['step']}, the best on validation; {how}, distances in "
+          f"{unit}\nfoundation model: {saved['fm']}\n{table(rows)}")
 
-def score_run(run: Path, part: str, device: torch.device, root: str = "", tta: bool = False,
-              keep_largest: bool = False, mm: bool = False, eps: float = 0.0) -> None:
+def score_run(run: Path, part: str, device: torch.device, root: str = "", unit: str = "", **beyond):
     """The table of a run's best teacher, also into a CSV file, and pictures.
 
     What goes beyond the field's protocol has a file of its own, named after it, and no pictures.
     """
     model, saved = load_run(run, device)
-    where = root or saved["settings"]["root"]
-    dataset = data.load(saved["settings"]["data"], where, (part,))._replace(split=saved["split"])
-    network, post_process = model.predict, None
-    if eps and not len(model.quantizer.table):
-        raise BadInput(f"--eps {eps}: {run} has no codewords; leave the flag out")
-    if eps:  # QPM at test time: how much the decoder needs its tokens
-        g = torch.Generator(device).manual_seed(0)
-        T = saved["settings"]["temperature"]
-        network = partial(model.predict, how="qpm", eps=eps, temperature=T, generator=g)
-    if tta or keep_largest:
-        from extras import predict as beyond
+    dataset = data.load(saved["settings"]["data"], root or saved["settings"]["root"], (part,))
+    dataset = dataset._replace(split=saved["split"], unit=unit or dataset.unit)
+    network, post_process, names = model.predict, None, []
+    if any(beyond.values()):
+        network, post_process, names = extra("predict").extended(model, saved, beyond)
+    if extra("checks"):
+        extra("checks").same_volumes(saved, dataset, part)
+    names += [unit] if unit else []
+    path = run / f"{'-'.join([part, *names])}.csv"
+    rows = evaluate(network, dataset, part, device, post_process=post_process)
+    report(path, rows, saved, dataset.unit, ", ".join(names) or PROTOCOL)
+    if not names and extra("figures"):
+        extra("figures").draw_run(run, model, dataset, part, rows, device)
 
-        network = beyond.with_tta(network) if tta else network
-        post_process = beyond.keep_largest if keep_largest else None
-    rows = evaluate(network, dataset, part, device, mm=mm, post_process=post_process)
-    flags = {"tta": tta, "keep-largest": keep_largest, "mm": mm, f"eps{eps}": eps}
-    names = [name for name, on in flags.items() if on]
-    report(run / f"{'-'.join([part, *names])}.csv", rows, saved, ", ".join(names) or PROTOCOL)
+def extra(name: str):
+    """A module of the folder extras; None where that has been deleted."""
+    found = Path(__file__).with_name("extras").is_dir()
+    return importlib.import_module(f"extras.{name}") if found else None
+
+def command(name: str, run, remedy: str) -> None:
+    """Runs a command line. What its user has to correct is one line on stderr, exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # of letters that it does not have
     try:
-        from extras.figures import draw_run
-    except ImportError:
-        print("no pictures: the folder extras is not here")
-    else:
-        if not names:
-            draw_run(run, model, dataset, part, rows, device)
+        run()
+    except (BadInput, OSError, FloatingPointError, ImportError) as error:
+        end = f"; {remedy}" if isinstance(error, OSError) else ""
+        print(f"{name}: {error}{end}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped; a training continues with --resume RUN")
 
 def save(path: Path, state: dict) -> None:
     """Whole or not at all: a crash while writing leaves the previous file."""
@@ -217,9 +222,9 @@ def save(path: Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # a full disk
         raise BadInput(f"{path}: {error}; make room, then --resume {path.parent}") from None
 
-def load_run(run: Path, device: torch.device) -> tuple[VQSeg, dict]:
-    """The best teacher of a run, in evaluation mode, and its checkpoint."""
-    path = Path(run) / "best.pt"
+def load_run(run: Path, device: torch.device, name: str = "best.pt") -> tuple[VQSeg, dict]:
+    """The best (or last) teacher of a run, in evaluation mode, and its checkpoint."""
+    path = Path(run) / name
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = VQSeg(**saved["network"]).to(device)
@@ -243,7 +248,7 @@ def join_processes(name: str) -> tuple[int, int, torch.device]:
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # only the first process prints
+        sys.stdout = open(os.devnull, "w", errors="replace")  # only the first process prints
     return rank, world, device
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -277,17 +282,12 @@ def one_line(r: dict, steps: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Score the best teacher of a run.")
     parser.add_argument("run", type=Path, help="run folder of train.py")
-    parser.add_argument("--split", default="val", choices=["train", "val", "test"])
+    parser.add_argument("--split", default="val", choices=["train", "val", "test"], dest="part")
     parser.add_argument("--root", default="", help="where the data is now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--tta", action="store_true", help="test-time augmentation: nine views")
-    parser.add_argument("--keep-largest", action="store_true", help="keep the largest component")
-    parser.add_argument("--mm", action="store_true", help="distances in mm, not in voxels")
-    parser.add_argument("--eps", type=float, default=0.0, help="QPM of this strength at test time")
-    a = parser.parse_args()
-    try:
-        device = join_processes(a.device)[2]
-        score_run(a.run, a.split, device, a.root, a.tta, a.keep_largest, a.mm, a.eps)
-    except (BadInput, OSError, ImportError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    parser.add_argument("--unit", default="", choices=["mm", "voxels"], help="of distances")
+    if extra("predict"):
+        extra("predict").add_flags(parser)
+    a = vars(parser.parse_args())
+    command("evaluate.py", lambda: score_run(**a | {"device": join_processes(a["device"])[2]}),
+            "copy RUN to where you may write")

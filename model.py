@@ -53,8 +53,7 @@ def unit_tokens(z: Tensor) -> Tensor:
     return F.normalize(F.instance_norm(z.float()), dim=1)
 
 class Upward(nn.Module):
-    """The way up of a U-Net: each level doubles the size and narrows to the next channels. Maps are
-    added: half the work of a U-Net, which concatenates them."""
+    """The way up of a U-Net. Maps are added, which is half the work of concatenating them."""
 
     def __init__(self, channels: list[int]):
         super().__init__()
@@ -88,9 +87,8 @@ class Encoder(nn.Module):
         for level in self.levels:
             x = level(F.max_pool2d(x, 2) if maps else x)
             maps.append(x)
-        n = self.shallower
-        z = self.to_tokens(self.upward(maps[-1], maps[n:-1]))
-        return Encoded(unit_tokens(z), maps[:n] if self.skips else [])
+        z = self.to_tokens(self.upward(maps[-1], maps[self.shallower : -1]))
+        return Encoded(unit_tokens(z), maps[: self.shallower] if self.skips else [])
 
 class SegmentationDecoder(nn.Module):
     """D_s: q(z) or q'(z), and the shallower maps, if any -> logits (B,C,H,W)."""
@@ -112,8 +110,8 @@ class ImageDecoder(nn.Module):
         super().__init__()
         self.doublings = stride.bit_length() - 3  # from 1/stride to 1/4: 2, 1 or 0
         self.from_tokens = nn.Conv2d(dim, 4 * width, 1)
-        channels = [4 * width, 2 * width, width]
-        self.levels = nn.ModuleList(conv_block(i, o) for i, o in zip(channels, channels[1:]))
+        levels = [conv_block(4 * width, 2 * width), conv_block(2 * width, width)]
+        self.levels = nn.ModuleList(levels)
         self.head = nn.Conv2d(width, 16, 1)
 
     def forward(self, codes: Tensor) -> Tensor:

@@ -1,16 +1,14 @@
 """Quantized Perturbation Module (QPM): perturb which codeword a token has, not its numbers.
 
 Implements Section 3.2 (why not dropout, Eq. 1, Appendix A), Section 3.3 (QPM, Eq. 3 to 6, Figure 3)
-and Appendix B. K codewords c_1 .. c_K of D channels, strength eps in [0,1], d Euclidean, natural
-logarithms.
+and Appendix B. K codewords c_1 .. c_K of D channels, eps in [0,1], d Euclidean, logarithms natural.
 
 The paper does not say:
   - the scale of d in Eq. 4. In many dimensions codewords are almost equally far apart; then exp(-d)
     is nearly constant and Eq. 4 is uniform replacement. We divide d by a temperature T: 1 is the
     paper's, T -> 0 takes the nearest codeword. So eps says how often a token changes, T how far.
-  - which of two perturbations it means. The abstract shuffles the spatial locations of the indices;
-    Section 3.3 and Figure 3 resample each index from pi(.|i). Ours is Eq. 4 (`perturb`); the
-    abstract's is `shuffle`.
+  - which of two perturbations it means. The abstract shuffles the spatial locations of the indices
+    (`shuffle`); Section 3.3 and Figure 3 resample each index from pi(.|i). Ours is the second.
 """
 
 import math
@@ -48,11 +46,6 @@ def transition_rows(indices: Tensor, codebook: Tensor, eps: float,
     logs = log_closeness(torch.cdist(codebook[indices], codebook), temperature)  # (N,K)
     others = logs.scatter(1, own, -math.inf).softmax(1)  # j = i takes no part in Z_i
     return (eps * others).scatter(1, own, 1 - eps)
-
-def transition_matrix(codebook: Tensor, eps: float, temperature: float = 1.0) -> Tensor:
-    """Eq. 4 for all i: (K,D) -> (K,K), row i is pi(.|i)."""
-    everyone = torch.arange(len(codebook), device=codebook.device)
-    return transition_rows(everyone, codebook, eps, temperature)
 
 def perturbed_marginal(prior: Tensor, transition: Tensor) -> Tensor:
     """Eq. 5: Q(c_j|eps) = sum_i P(c_i) pi(j|i). (K,), (K,K) -> (K,)."""

@@ -125,6 +125,8 @@ def train(s: Settings) -> Path:
     run, start, best, log = open_run(s, rank, about, student, teacher, optimizer)
     model = DistributedDataParallel(student) if world > 1 else student
     amp = evaluate.has_bfloat16(device)
+    if rank == 0 and evaluate.extra("checks"):
+        evaluate.extra("checks").before_training(run, teacher, dataset, about, device)
     print(f"{run}: steps {start} to {s.steps} on {device}, {'bfloat16' if amp else 'float32'}; "
           f"foundation model: {about['fm']}\nterms (_l labeled, _u unlabeled), codewords in use, "
           "their perplexity, steps a second, time left")
@@ -161,7 +163,7 @@ def train(s: Settings) -> Path:
             print(f"{evaluate.one_line(log[-1], s.steps)} {speed:.2g}/s {left:.0f} min", flush=True)
         if (step + 1) % (5 * log_every) == 0 or step + 1 == s.steps:
             rows = evaluate.evaluate(teacher.predict, dataset, "val", device, amp, distances=False)
-            dice = evaluate.mean_dice(rows)
+            dice = float(evaluate.class_means(rows)["mean"][0])
             log.append({"step": step + 1, "val_dice": round(dice, 5)})
             print(f"step {step + 1}: validation Dice of the teacher {dice:.4f}", flush=True)
             state = about | {"step": step + 1, "val_dice": dice, "teacher": teacher.state_dict()}
@@ -194,8 +196,6 @@ def open_data(s: Settings, world: int, device: torch.device):
     s.steps = s.steps or (epochs if s.paper else 600 if s.data == "phantom" else 10_000)
     print(f"{s.data}: {s.labeled} labeled patients, {len(labeled)} slices; {len(unlabeled)} "
           f"unlabeled slices; {len(dataset.part('val'))} validation volumes")
-    for k in set(range(len(dataset.labels))) - set(dataset.masks[labeled].unique().tolist()):
-        print(f"WARNING: no labeled slice shows {dataset.labels[k]}; it cannot be learned")
     # A set that fits lives on the GPU, so that no step waits for the host.
     if device.type == "cuda" and 8 * dataset.images.numel() < torch.cuda.mem_get_info(device)[0]:
         dataset = dataset._replace(images=dataset.images.to(device), masks=dataset.masks.to(device))
@@ -232,7 +232,8 @@ def build(s: Settings, dataset: Dataset, device: torch.device):
     else:
         optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=0.01, fused=True)
     about = {"settings": asdict(s), "network": network, "fm": fm_name, "labels": dataset.labels,
-             "split": dataset.split, "eval_crop": dataset.eval_crop, "window": dataset.window}
+             "split": dataset.split, "eval_crop": dataset.eval_crop, "window": dataset.window,
+             "volumes": {case.name: [case.patient, *case.shape] for case in dataset.cases}}
     return student, teacher, fm.to(device) if fm else None, optimizer, about
 
 def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
@@ -244,7 +245,7 @@ def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
         name += "-again"
         run = Path(name)
     if s.resume and (run / "last.pt").exists():
-        saved = torch.load(run / "last.pt", map_location="cpu", weights_only=True)
+        _, saved = evaluate.load_run(run, torch.device("cpu"), "last.pt")
         student.load_state_dict(saved["student"])
         teacher.load_state_dict(saved["teacher"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -269,27 +270,30 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         text = f"{f.metadata['help']} (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(arguments))  # only what stands on the command line
+    for name in given.keys() & {"root", "fm_weights"}:  # --resume may run in another folder
+        given[name] = str(Path(given[name]).expanduser().resolve())
     base = PAPER if given.get("paper") else {}
     if "resume" in given:
         config = Path(given["resume"]) / "config.json"
-        base = json.loads(config.read_text(encoding="utf-8"))["settings"]
-        for name in given.keys() - {"resume", "root", "out", "device"}:
+        try:
+            base = json.loads(config.read_text(encoding="utf-8"))["settings"]
+            Settings(**base)
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{config}: no run of this version; begin another one") from None
+        for name in given.keys() - {"resume", "root", "device"}:
             if given[name] != base[name]:
-                raise BadInput(f"--{name} {given[name]}: the run began with {base[name]}")
+                flag = "--" + name.replace("_", "-")
+                raise BadInput(f"{flag} {given[name]}: RUN began with {base[name]}; leave it out")
     s = Settings(**base | given)
     for f in fields(Settings):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
+        if f.name == "codebook_size" and s.perturb in ("qpm", "shuffle"):
+            low = 2  # there must be another codeword
         if f.type in (int, float) and not low <= value <= high:
             raise BadInput(f"--{f.name.replace('_', '-')} {value}: must be {low} to {high}")
-    if s.codebook_size < 2 and s.perturb in ("qpm", "shuffle"):
-        raise BadInput(f"--codebook-size {s.codebook_size}: must be 2 or more for {s.perturb}")
+    if not s.root and Path(s.data).is_dir():
+        s.root = str(Path(s.data).resolve())
     return s
 
 if __name__ == "__main__":
-    try:
-        train(read_settings())
-    except (BadInput, OSError, FloatingPointError, ImportError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped; --resume RUN continues from the last checkpoint")
+    evaluate.command("train.py", lambda: train(read_settings()), "allow it, or change --out")

@@ -18,12 +18,13 @@ import argparse
 import csv
 import json
 import math
-import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+import evaluate
 from data import BadInput
 from evaluate import METRICS, Row, class_means
 
@@ -40,7 +41,7 @@ class Record(NamedTuple):
     settings: str  # JSON, without NEUTRAL
     dice: float  # mean over validation volumes, then over classes; so the next three
     jaccard: float
-    hd95: float  # voxels
+    hd95: float
     asd: float
     empty: int  # how often nothing of a class was predicted that is there,
     scored: int  # out of so many classes of volumes
@@ -48,6 +49,7 @@ class Record(NamedTuple):
     perplexity: float
     best_step: int  # of the teacher that is scored
     val_log: str  # JSON, the validations: [{"step": ..., "val_dice": ...}, ...]
+    unit: str = "voxels"  # of hd95 and asd
     exchanged: float = math.nan  # Dice after `evaluate.py RUN --eps 1`, every token replaced
 
 
@@ -55,10 +57,10 @@ def read_run(run: Path) -> Record:
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     text = (run / "log.jsonl").read_text(encoding="utf-8")
     log = [json.loads(line) for line in text.splitlines()]
-    rows = read_rows(run / "val.csv")
+    rows, unit = read_rows(run / "val.csv")
     exchanged = math.nan
     if (run / "val-eps1.0.csv").exists():
-        exchanged = round(class_means(read_rows(run / "val-eps1.0.csv"))["mean"][0], 5)
+        exchanged = round(class_means(read_rows(run / "val-eps1.0.csv")[0])["mean"][0], 5)
     settings = config["settings"] | {"processes": config.get("processes", 1)}
     learned = {name: value for name, value in settings.items() if name not in NEUTRAL}
     val_log = [line for line in log if "val_dice" in line]
@@ -68,17 +70,20 @@ def read_run(run: Path) -> Record:
     means = [round(value, 5) for value in class_means(rows)["mean"]]
     return Record(run.resolve().name, config["commit"], settings["seed"], config["fm"],
                   json.dumps(learned), *means, sum(row.empty for row in rows), len(rows),
-                  *usage[-1], best["step"], json.dumps(val_log), exchanged)
+                  *usage[-1], best["step"], json.dumps(val_log), unit, exchanged)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The lines of a CSV that evaluate.py writes."""
+def read_rows(path: Path) -> tuple[list[Row], str]:
+    """The lines of a CSV that evaluate.py writes, and the unit of its distances."""
     rows = []
     with open(path, newline="", encoding="utf-8") as file:
-        for x in csv.DictReader(file):
+        lines = csv.DictReader(file)
+        unit = "mm" if "hd95_mm" in lines.fieldnames else "voxels"
+        for line in lines:
+            x = {name.removesuffix(f"_{unit}"): value for name, value in line.items()}
             scores = [float(x[metric]) for metric in METRICS]
             rows.append(Row(x["case"], x["label"], *scores, empty=x["empty"] == "True"))
-    return rows
+    return rows, unit
 
 
 def read_records(path: Path) -> list[Record]:
@@ -192,8 +197,13 @@ def table(records: list[Record]) -> list[list[str]]:
     for _, seeds in groups:
         common = seeds.keys() & first.keys()
         p_values.append(t_test([seeds[k].dice for k in common], [first[k].dice for k in common]))
-    head = [*groups[0][0], "foundation model", "seeds", "Dice", "Jaccard", "HD95 (voxels)",
-            "ASD (voxels)", "codewords in use", "Dice, tokens exchanged", "empty predictions",
+    unit = records[0].unit
+    for record in records:
+        if record.unit != unit:
+            raise BadInput(f"{record.run}: has distances in {record.unit}, but {records[0].run} in "
+                           f"{unit}; compare runs that have it in common")
+    head = [*groups[0][0], "foundation model", "seeds", "Dice", "Jaccard", f"HD95 ({unit})",
+            f"ASD ({unit})", "codewords in use", "Dice, tokens exchanged", "empty predictions",
             "p against the first row"]
     rows = []
     for (differ, seeds), *tests in zip(groups, p_values, holm(p_values)):
@@ -216,7 +226,7 @@ def mean_std(values: list[float]) -> str:
 
 def draw_sweep(records: list[Record], name: str, path: Path) -> None:
     """Dice against the setting `name`: a curve for each other setting, dashed if constant."""
-    from matplotlib.figure import Figure
+    from extras.figures import Figure
 
     groups = by_settings(records)
     if name not in groups[0][0]:
@@ -248,7 +258,7 @@ def draw_sweep(records: list[Record], name: str, path: Path) -> None:
 
 def draw_gain(records: list[Record], path: Path) -> None:
     """For each network, what a perturbation adds against how much the network needs its tokens."""
-    from matplotlib.figure import Figure
+    from extras.figures import Figure
 
     cells: dict[tuple, dict[int, Record]] = {}
     for differ, seeds in by_settings(records):
@@ -311,11 +321,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw Dice against --sweep into this file")
     parser.add_argument("--gain", type=Path, metavar="FILE", help="draw the gain by a perturbation "
                         "against how much each network needs its tokens")
-    try:
-        run_command(parser.parse_args())
-    except (BadInput, OSError) as error:
-        print(f"extras.compare: {error}", file=sys.stderr)
-        sys.exit(2)
+    args = parser.parse_args()
+    evaluate.command("extras.compare", partial(run_command, args), "allow it, or name another file")
 
 
 if __name__ == "__main__":

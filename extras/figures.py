@@ -11,8 +11,11 @@ Pictures are made without pyplot, so that no display or backend matters.
 import argparse
 import json
 import math
-import sys
+import os
+from functools import partial
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook hands its own down, which may not be installed here
 
 import numpy as np
 import torch
@@ -93,7 +96,9 @@ def draw_predictions(path: Path, model: VQSeg, dataset: Dataset, part: str, rows
 
 def draw_curves(path: Path, log: Path) -> None:
     """The terms of Eq. 12, the use of the codebook and the validation Dice over a training."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    if log.exists():
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     panels = {"L_seg": ["seg_l", "seg_u"], "L_rec": ["rec_l", "rec_u"], "L_align": ["align"],
               "quantizer": ["vq"], "codewords in use": ["used"], "validation Dice": ["val_dice"]}
     figure = Figure(figsize=(13.5, 2.6), layout="constrained")
@@ -104,7 +109,7 @@ def draw_curves(path: Path, log: Path) -> None:
                 axis.plot(*zip(*points), label=name)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
-        if len(names) > 1:
+        if len(names) > 1 and axis.lines:
             axis.legend(fontsize=7)
     figure.savefig(path, dpi=70)
 
@@ -168,7 +173,7 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     book = figure_3_codebook()
-    pi = qpm.transition_matrix(book, 0.7)
+    pi = qpm.transition_rows(torch.arange(4), book, 0.7)
     left.scatter(book[:, 0], book[:, 1], s=80, color="black")
     for j, (x, y) in enumerate(book.tolist()):
         side = -1.35 if j == 0 else 0.12
@@ -179,7 +184,8 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
     p = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     random = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     prior = qpm.uniform_prior(64)
-    kl = [qpm.qpm_kl(prior, qpm.perturbed_marginal(prior, qpm.transition_matrix(random, e)))
+    every = torch.arange(64)
+    kl = [qpm.qpm_kl(prior, qpm.perturbed_marginal(prior, qpm.transition_rows(every, random, e)))
           for e in p.tolist()]
     middle.plot(p, qpm.dropout_kl(p), color="#D55E00", label="dropout, Eq. 1")
     # nn.Dropout scales what it keeps by 1/(1-p), so that Q = N(0,s^2/(1-p)).
@@ -263,22 +269,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder")
     parser.add_argument("--root", default="", help="where the data is now")
     args = parser.parse_args()
-    try:
-        model, saved = evaluate.load_run(args.run, torch.device("cpu"))
-        s = saved["settings"]
-        if s["supervised"]:
-            raise BadInput(f"{args.run}: has no codebook; give a run without --supervised")
-        dataset = data.load(s["data"], args.root or s["root"])
-        args.out.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(s["seed"])
-        untrained = VQSeg(**saved["network"]).eval()
-        draw_model(args.out / "model.png", model, dataset, s["temperature"])
-        draw_qpm(args.out / "qpm.png", model.quantizer.codebook.detach())
-        draw_codebook(args.out / "vq.png", {"before": untrained, "after": model}, dataset)
-        draw_views(args.out / "data.png", dataset)
-    except (BadInput, OSError) as error:
-        print(f"extras.figures: {error}", file=sys.stderr)
-        sys.exit(2)
+    evaluate.command("extras.figures", partial(draw_all, args), "allow it, or change --out")
+
+
+def draw_all(args: argparse.Namespace) -> None:
+    model, saved = evaluate.load_run(args.run, torch.device("cpu"))
+    s = saved["settings"]
+    if s["supervised"] or not s["codebook_size"]:
+        raise BadInput(f"{args.run}: has no codebook; give a run that has one")
+    dataset = data.load(s["data"], args.root or s["root"])
+    for part in ("train", "val"):
+        evaluate.extra("checks").same_volumes(saved, dataset, part)
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(s["seed"])
+    untrained = VQSeg(**saved["network"]).eval()
+    draw_model(args.out / "model.png", model, dataset, s["temperature"])
+    draw_qpm(args.out / "qpm.png", model.quantizer.codebook.detach())
+    draw_codebook(args.out / "vq.png", {"before": untrained, "after": model}, dataset)
+    draw_views(args.out / "data.png", dataset)
     print(f"wrote model.png, qpm.png, vq.png and data.png in {args.out}")
 
 

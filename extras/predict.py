@@ -14,25 +14,25 @@ segmentation has the scan's shape, sform, qform, zooms and units; a picture lies
 import argparse
 import math
 import os
-import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import data
 import evaluate
 from data import BadInput
 from evaluate import Model
-from extras.figures import legend, show
+from extras.figures import Figure, legend, show
+from extras.prepare import FOREIGN, NIFTI, leave, listing, load_nifti, voxels
+from model import VQSeg
 
-NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
 # Test-time augmentation: rotations (radians) and scales, well inside of what training shows.
 TTA = [(angle, zoom) for angle in (-0.3, 0.0, 0.3) for zoom in (0.9, 1.0, 1.1)]
 
@@ -60,6 +60,28 @@ def with_tta(model: Model) -> Model:
         return (p / len(TTA)).log()
 
     return augmented
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What goes beyond the field's protocol, also for `evaluate.py`."""
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation: nine views")
+    parser.add_argument("--keep-largest", action="store_true", help="of each class one component")
+    parser.add_argument("--eps", type=float, default=0.0, help="QPM of this strength at test time")
+
+
+def extended(model: VQSeg, saved: dict, flags: dict) -> tuple:
+    """For `evaluate.py`: the network, the post-processing, and the names of what was asked for."""
+    network = model.predict
+    if flags["eps"]:  # QPM at test time: how much the decoder needs its tokens
+        if not len(model.quantizer.table):
+            raise BadInput(f"--eps {flags['eps']}: the run has no codewords; leave the flag out")
+        T = saved["settings"]["temperature"]
+        g = torch.Generator(model.quantizer.table.device).manual_seed(0)
+        network = partial(model.predict, how="qpm", eps=flags["eps"], temperature=T, generator=g)
+    network = with_tta(network) if flags["tta"] else network
+    names = [name.replace("_", "-") for name in ("tta", "keep_largest") if flags[name]]
+    names += [f"eps{flags['eps']}"] if flags["eps"] else []
+    return network, keep_largest if flags["keep_largest"] else None, names
 
 
 def mean_of(models: list[Model]) -> Model:
@@ -127,17 +149,11 @@ def load_runs(runs: list[Path], device: torch.device) -> tuple[list[Model], dict
 
 def read_scan(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
     """A NIfTI file and its voxels as (T,Z,H,W); T is 1 for a scan without time."""
-    try:
-        file = nib.load(path)
-        voxels = np.asarray(file.dataobj)
-    except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise BadInput(f"{path}: cannot be read as NIfTI ({reason}); copy the file again") from None
-    if voxels.ndim not in (3, 4) or 0 in voxels.shape:
-        raise BadInput(f"{path}: has shape {voxels.shape}; store it as (x, y, z) or (x, y, z, t)")
-    if voxels.dtype.kind not in "iuf" or not np.isfinite(voxels).all():
-        raise BadInput(f"{path}: holds voxels that are no finite numbers; replace them")
-    return file, voxels.reshape(*voxels.shape[:3], -1).T
+    file = load_nifti(path)
+    if len(file.shape) not in (3, 4) or 0 in file.shape:
+        raise BadInput(f"{path}: has shape {file.shape}; store it as (x, y, z) or (x, y, z, t)")
+    found = voxels(path, lambda: file.dataobj)
+    return file, found.reshape(*found.shape[:3], -1).T
 
 
 def like(file: nib.Nifti1Image, voxels: np.ndarray, kind: np.dtype) -> nib.Nifti1Image:
@@ -216,6 +232,10 @@ def milliliters(found: list[np.ndarray], voxel: float, names: list[str]) -> str:
 
 def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
     """Each scan, and where its segmentation goes."""
+    if not scan.exists():
+        raise BadInput(f"--scan {scan}: no such file or folder; correct the path")
+    if FOREIGN.search(scan.name):
+        raise BadInput(f"--scan {scan}: is not NIfTI; convert it to .nii.gz")
     if not scan.is_dir():
         for flag, path in (("--scan", scan), ("--out", out)):
             if not NIFTI.search(path.name) or path.is_dir():
@@ -223,22 +243,20 @@ def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
         return [(scan, out)]
     if out.exists() and (not out.is_dir() or out.samefile(scan)):
         raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
-    files = [f for f in sorted(scan.rglob("*")) if f.is_file()]
-    files = [f for f in files if not f.resolve().is_relative_to(out.resolve())]
-    files = [f for f in files if not any(name[0] == "." for name in f.relative_to(scan).parts)]
-    nifti = [f for f in files if NIFTI.search(f.name)]
-    scans = [f for f in nifti if f.parent == scan]
+    files = [f for f in listing(scan) if not f.resolve().is_relative_to(out.resolve())]
+    scans = [f for f in files if NIFTI.search(f.name) and f.parent == scan]
+    foreign = [f for f in files if FOREIGN.search(f.name)]
     if not scans:
-        raise BadInput(f"--scan {scan}: holds no .nii or .nii.gz file; give the folder that does")
-    other = sum(f.parent == scan for f in files) - len(scans)
-    if other or len(nifti) > len(scans):
-        print(f"{scan}: left alone: {other} files of other types, {len(nifti) - len(scans)} NIfTI "
-              "files in subfolders")
+        remedy = "convert them to .nii.gz" if foreign else "give the folder that does"
+        raise BadInput(f"--scan {scan}: holds no .nii or .nii.gz file; {remedy}")
+    leave([f for f in files if f not in scans and NIFTI.search(f.name)], "in a subfolder")
+    leave(foreign, "to be converted to .nii.gz")
+    leave([f for f in files if not NIFTI.search(f.name) and f not in foreign], "no NIfTI")
     return [(f, out / f.name) for f in scans]
 
 
-def predict_all(args: argparse.Namespace) -> int:
-    """Segments a scan or a folder of scans; returns how many could not be segmented."""
+def predict_all(args: argparse.Namespace) -> None:
+    """Segments a scan or a folder of scans; goes on after one that cannot be."""
     several = args.scan.is_dir()
     if several and args.probabilities:
         raise BadInput("--probabilities: needs a single scan; give a file as --scan")
@@ -257,7 +275,7 @@ def predict_all(args: argparse.Namespace) -> int:
         except BadInput as error:
             print(f"extras.predict: {error}", file=sys.stderr, flush=True)
             bad += 1
-    return bad
+    sys.exit(2 if bad else 0)
 
 
 def main() -> None:
@@ -269,12 +287,8 @@ def main() -> None:
     parser.add_argument("--keep-largest", action="store_true", help="of each class one component")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--probabilities", action="store_true", help="also write NAME_prob.nii.gz")
-    try:
-        bad = predict_all(parser.parse_args())
-    except (BadInput, OSError) as error:
-        print(f"extras.predict: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(2 if bad else 0)
+    args = parser.parse_args()
+    evaluate.command("extras.predict", partial(predict_all, args), "allow it, or change --out")
 
 
 if __name__ == "__main__":

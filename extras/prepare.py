@@ -12,14 +12,16 @@ The paper says nothing of this; it trained on ACDC and on chest CTs that are not
 """
 
 import argparse
+import gzip
 import json
+import os
 import re
 import shutil
-import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +30,27 @@ import numpy as np
 import torch
 
 import data
+import evaluate
 from data import BadInput
 
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
-FOREIGN = re.compile(r"\.(nrrd|nhdr|mha|mhd|dcm|hdr|img)$", re.I)
+HDF5 = re.compile(r"\.(h5|hdf5)$", re.I)
+FOREIGN = re.compile(r"\.(nrrd|nhdr|mha|mhd|dcm|dicom|ima|hdr|img|mgz|mgh|mnc)$", re.I)
+# How files begin that are called .nii without being one: where, what, its name, the remedy.
+CONVERT = "convert it to .nii.gz"
+SIGNATURES = [
+    (0, b"NRRD", "a NRRD file", CONVERT),
+    (0, b"ObjectType", "a MetaImage (.mha) file", CONVERT),
+    (0, b"NDims", "a MetaImage (.mha) file", CONVERT),
+    (128, b"DICM", "a DICOM file", "convert its series to one .nii.gz"),
+    (0, b"\x89HDF", "an HDF5 file", "name it .h5, and put it beside others of its kind"),
+    (344, b"ni1", "the header of a pair .hdr and .img", CONVERT),
+    (0, b"\x5c\x01\0\0", "an Analyze file", CONVERT),
+    (0, b"\0\0\x01\x5c", "an Analyze file", CONVERT),
+    (0, b"PK\x03\x04", "a zip archive", "unpack it"),
+    (0, b"version https://git-lfs", "a pointer of git-lfs", "fetch the file with: git lfs pull"),
+    (0, b"<", "a page of a web site", "download the file again, logged in"),
+]
 
 
 class Source(NamedTuple):
@@ -57,31 +76,73 @@ class Volume(NamedTuple):
 # -- Opening files -------------------------------------------------------------------------------
 
 
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).split("\n")[0] or type(error).__name__
+
+
 def voxels(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
     """What `read` takes from this file, or one line about what is wrong with it."""
     try:
         found = np.asarray(read())
     except Exception as error:  # a damaged file can make a library fail in any way
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise BadInput(f"{path}: damaged ({reason}); copy the file again") from None
+        raise BadInput(f"{path}: damaged ({reason(error)}); copy the file again") from None
     if found.dtype.kind not in "iufb" or not np.isfinite(found).all():
         raise BadInput(f"{path}: holds voxels that are no finite numbers; replace them")
     return found
 
 
-def open_nifti(path: Path) -> Volume:
+def what_it_is(path: Path) -> str:
+    """Of a file that does not open as NIfTI: what it is instead, and the remedy."""
     if path.is_dir():
-        raise BadInput(f"{path}: is a folder, not a file; rename it")
+        return "is a folder; name the file in it, or rename the folder"
+    if not path.exists():
+        return "no such file; correct the path" + (" of the link" if path.is_symlink() else "")
     try:
-        file = nib.load(path, keep_file_open=True)  # or each slab is unpacked from the start
+        with open(path, "rb") as file:
+            content = file.read(400)
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); allow it, or copy the file"
+    packed = content[:2] == b"\x1f\x8b"
+    if packed:
+        try:
+            with gzip.open(path) as file:
+                content = file.read(400)
+        except (OSError, EOFError, zlib.error) as error:
+            return f"damaged ({reason(error)}); copy the file again"
+        if content[:2] == b"\x1f\x8b":
+            return "is compressed twice; unpack it once with gunzip"
+    if not content:
+        return "is empty; copy the file again"
+    if content[344:347] == b"n+1" or content[4:7] == b"n+2":
+        if packed and not path.name.lower().endswith(".gz"):
+            return "is compressed; rename it to .nii.gz"
+        if not packed and path.name.lower().endswith(".gz"):
+            return "is not compressed; rename it to .nii"
+        return "has a damaged header; copy the file again"
+    for start, signature, name, remedy in SIGNATURES:
+        if content[start:].startswith(signature):
+            return f"is {name}; {remedy}"
+    return "is not NIfTI, or damaged; copy the file again, or convert it to .nii.gz"
+
+
+def load_nifti(path: Path) -> nib.Nifti1Image:
+    """The opened file, its voxels not read yet."""
+    try:
+        return nib.load(path, keep_file_open=True)  # or each slab is unpacked from the start
+    except Exception:  # a damaged file can make a library fail in any way
+        raise BadInput(f"{path}: {what_it_is(path)}") from None
+
+
+def open_nifti(path: Path) -> Volume:
+    file = load_nifti(path)
+    try:
         sform, qform = file.affine, file.header.get_qform(coded=True)[0]
         with nib.openers.ImageOpener(path) as raw:  # nib.load makes 1 mm of a voxel size of 0
             header = type(file.header).from_fileobj(raw, check=False)
         zooms = np.asarray(header["pixdim"][1:4], float)
-    except Exception as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        remedy = "copy it again, or rename it to .nii where it is not compressed"
-        raise BadInput(f"{path}: cannot be read as NIfTI ({reason}); {remedy}") from None
+    except Exception:  # a quaternion that is none, for one
+        raise BadInput(f"{path}: has a damaged header; copy the file again") from None
     shape = file.shape
     if len(shape) == 2:
         raise BadInput(f"{path}: is one slice of shape {shape}; store it as (x, y, 1)")
@@ -115,9 +176,11 @@ def open_hdf5(path: Path, key: str) -> Volume:
 
     try:
         with h5py.File(path) as file:
-            shape = file[key].shape
-    except (OSError, KeyError) as error:
-        raise BadInput(f"{path}: no HDF5 with the array {key} ({error}); copy it again") from None
+            shape = file[key].shape if key in file else None
+    except Exception as error:  # a damaged file can make a library fail in any way
+        raise BadInput(f"{path}: no HDF5 ({reason(error)}); copy the file again") from None
+    if shape is None:
+        raise BadInput(f"{path}: has no array {key}; store one under that name")
     if len(shape) not in (2, 3) or 0 in shape:
         raise BadInput(f"{path}: {key} has shape {shape}, not (z, y, x) or (y, x); store it so")
     shape = shape if len(shape) == 3 else (1, *shape)
@@ -141,7 +204,7 @@ def open_volume(files: tuple[Path, ...], key: str = "image") -> Volume:
     """One file, or slices that become one volume."""
     if NIFTI.search(files[0].name):
         return open_nifti(files[0])
-    opened = [open_hdf5(f, key) if f.suffix == ".h5" else open_slice(f) for f in files]
+    opened = [open_hdf5(f, key) if HDF5.search(f.name) else open_slice(f) for f in files]
     if len(opened) == 1:
         return opened[0]
     shape = opened[0].shape[1:]
@@ -178,20 +241,56 @@ def listing(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def nifti_files(folder: Path) -> dict[str, Path]:
+def text(path: Path) -> str:
+    """A path as text. Names that are not UTF-8, as from old zip files, are taken for Latin-1."""
+    raw = os.fsencode(path.as_posix())
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def child(root: Path, *names: str) -> Path | None:
+    """The folder of one of these names, upper or lower case; None if there is none, or two."""
+    found = [f for f in sorted(root.iterdir()) if f.is_dir() and f.name.lower() in names]
+    if len(found) > 1:
+        listed = " and ".join(folder.name for folder in found)
+        raise BadInput(f"{root}: {listed} hold the same kind of files; keep one of them")
+    return found[0] if found else None
+
+
+def add(found: dict, key, file: Path) -> None:
+    """found[key] = file, where no file has that place already."""
+    if key in found:
+        raise BadInput(f"{file}: {found[key]} has the same name; remove one of the two")
+    found[key] = file
+
+
+def leave(files: list[Path], why: str) -> None:
+    """Says which files are not used."""
+    if files:
+        names = ", ".join(str(file) for file in files[:5]) + (", ..." if len(files) > 5 else "")
+        print(f"left alone, {why}: {len(files)} files ({names})")
+
+
+def nifti_files(folder: Path | None) -> dict[str, Path]:
     """Name below the folder, without ending -> file. What is no NIfTI is named and left alone."""
     found: dict[str, Path] = {}
-    for file in listing(folder):
+    other = []
+    for file in listing(folder) if folder else []:
         if FOREIGN.search(file.name):
             raise BadInput(f"{file}: is not NIfTI; convert it to .nii.gz")
-        if not NIFTI.search(file.name):
-            print(f"left alone: {file}, which is no NIfTI file")
-            continue
-        name = NIFTI.sub("", file.relative_to(folder).as_posix())
-        if name in found:
-            raise BadInput(f"{file}: {found[name].name} has the same name; remove one of the two")
-        found[name] = file
+        if NIFTI.search(file.name):
+            add(found, NIFTI.sub("", text(file.relative_to(folder))), file)
+        else:
+            other.append(file)
+    leave(other, "no NIfTI")
     return found
+
+
+def patient_of(name: str) -> str:
+    """By the rule that needs no flag: the first folder, or what stands before _frame."""
+    return name.split("/")[0] if "/" in name else name.split("_frame")[0]
 
 
 def paired(images: dict[str, Path], masks: dict[str, Path], part: str = "") -> list[Source]:
@@ -201,53 +300,62 @@ def paired(images: dict[str, Path], masks: dict[str, Path], part: str = "") -> l
     sources = []
     for name, image in images.items():
         mask = (masks[name],) if name in masks else None
-        patient = name.split("/")[0] if "/" in name else name.split("_frame")[0]
-        sources.append(Source(name.replace("/", "-"), patient, (image,), mask, part))
+        sources.append(Source(name.replace("/", "-"), patient_of(name), (image,), mask, part))
     return sources
 
 
 def pairs_layout(root: Path) -> list[Source]:
-    folders = [root / name for name in ("labels", "masks", "segmentations")]
-    folders = [folder for folder in folders if folder.is_dir()]
-    if len(folders) > 1:
-        names = " and ".join(folder.name for folder in folders)
-        raise BadInput(f"{root}: {names} hold masks; keep one of them")
-    return paired(nifti_files(root / "images"), nifti_files(folders[0]) if folders else {})
+    masks = child(root, "labels", "masks", "segmentations")
+    others = [f.name for f in sorted(root.iterdir()) if f.is_dir() and f.name[0] != "."]
+    if len(others) > 1 and not masks:
+        raise BadInput(f"{root}: masks are looked for in labels/, masks/ or segmentations/; rename "
+                       f"the folder that holds them ({', '.join(others)})")
+    return paired(nifti_files(child(root, "images")), nifti_files(masks))
 
 
 def nnunet_layout(root: Path) -> list[Source]:
     sources = []
-    for end, part in (("Tr", ""), ("Ts", "test")):
-        images = nifti_files(root / f"images{end}")
+    for end, part in (("tr", ""), ("ts", "test")):
+        images = nifti_files(child(root, f"images{end}"))
         for name, file in images.items():
             if re.search(r"_000[1-9]$", name):
                 raise BadInput(f"{file}: is a second channel; only one (_0000) can be read")
-        masks = nifti_files(root / f"labels{end}")
+        masks = nifti_files(child(root, f"labels{end}"))
         if part and images and not masks:
-            print(f"left alone: {root / 'imagesTs'}, which has no masks in labelsTs")
+            leave(list(images.values()), "without masks in labelsTs")
             continue
         sources += paired({re.sub("_0000$", "", n): f for n, f in images.items()}, masks, part)
     return sources
 
 
 def acdc_layout(root: Path) -> list[Source]:
-    sources = []
-    for place in ("", "training", "testing", "database/training", "database/testing"):
-        for folder in sorted((root / place).glob("patient*/")):
-            files = {n: f for n, f in nifti_files(folder).items() if "_frame" in n}
-            masks = {n.removesuffix("_gt"): f for n, f in files.items() if n.endswith("_gt")}
-            images = {n: f for n, f in files.items() if not n.endswith("_gt")}
-            sources += paired(images, masks)
-    return sources
+    """patientNNN/patientNNN_frameXX[_gt].nii.gz, at any depth, as in training/ and database/."""
+    pattern = re.compile(r"(?:^|.*/)patient\d+/(patient\d+_frame\d+)(_gt)?")
+    if not any(pattern.match(file.relative_to(root).as_posix()) for file in listing(root)):
+        return []
+    images: dict[str, Path] = {}
+    masks: dict[str, Path] = {}
+    other = []
+    for name, file in nifti_files(root).items():
+        match = pattern.fullmatch(name)
+        if match:
+            add(masks if match[2] else images, match[1], file)
+        else:
+            other.append(file)
+    leave(other, "no frame of a patient")
+    return paired(images, masks)
 
 
 def hdf5_layout(root: Path) -> list[Source]:
     """NAME.h5, or NAME_slice_K.h5 of each slice; a volume that is there whole is read whole."""
     found: dict[str, dict[int, Path]] = {}
+    other = []
     for file in listing(root):
-        match = re.fullmatch(r"(.+?)(?:_slice_(\d+))?\.h5", file.name)
-        if match:
-            found.setdefault(match[1], {})[int(match[2] or -1)] = file
+        match = re.fullmatch(r"(.+?)(?:_slice_(\d+))?", HDF5.sub("", text(Path(file.name))))
+        if HDF5.search(file.name):
+            add(found.setdefault(match[1], {}), int(match[2] or -1), file)
+        else:
+            other.append(file)
     sources = []
     for name, slices in found.items():
         order = [-1] if -1 in slices else sorted(slices)
@@ -261,6 +369,7 @@ def hdf5_layout(root: Path) -> list[Source]:
         except BadInput:  # no array of that name
             masks = None
         sources.append(Source(name, name.split("_frame")[0], files, masks))
+    leave(other if sources else [], "no HDF5")
     return sources
 
 
@@ -269,44 +378,65 @@ def png_layout(root: Path) -> list[Source]:
     sources = []
     for folder in ("train-label", "train-unlabel", "val", "test"):
         volumes: dict[str, dict[int, Path]] = {}
-        for file in listing(root / folder / "image"):
-            match = re.fullmatch(r"(.+?)_(?:slice_?)?(\d+)\.png", file.name)
+        images = listing(root / folder / "image")
+        for file in images:
+            match = re.fullmatch(r"(.+?)_(?:slice_?)?(\d+)\.png", text(Path(file.name)), re.I)
             if not match:
                 raise BadInput(f"{file}: name it like patient001_frame01_slice_1.png")
-            volumes.setdefault(match[1], {})[int(match[2])] = file
+            add(volumes.setdefault(match[1], {}), int(match[2]), file)
+        masks = {file.stem: file for file in listing(root / folder / "mask")}
+        for stem in sorted(masks.keys() - {image.stem for image in images}):
+            raise BadInput(f"{masks[stem]}: has no image of that name; add it, or remove the mask")
         for name, slices in volumes.items():
-            images = tuple(slices[k] for k in sorted(slices))
-            masks = tuple(root / folder / "mask" / f"{f.stem}.npy" for f in images)
-            missing = [mask for mask in masks if not mask.exists()]
+            files = tuple(slices[k] for k in sorted(slices))
+            needed = tuple(root / folder / "mask" / f"{f.stem}.npy" for f in files)
+            missing = [mask for mask in needed if mask not in masks.values()]
             if missing and folder != "train-unlabel":
                 remedy = "add it, or move the image to train-unlabel"
                 raise BadInput(f"{missing[0]}: no such file; {remedy}")
-            labeled = None if folder == "train-unlabel" else masks
+            labeled = None if folder == "train-unlabel" else needed
             part = folder.split("-")[0]
-            sources.append(Source(name, name.split("_frame")[0], images, labeled, part))
+            sources.append(Source(name, name.split("_frame")[0], files, labeled, part))
     return sources
 
 
 LAYOUTS = {
     "images": ("images/ and labels/ of NIfTI", pairs_layout),
-    "imagesTr": ("nnU-Net's imagesTr/ and labelsTr/", nnunet_layout),
+    "imagestr": ("nnU-Net's imagesTr/ and labelsTr/", nnunet_layout),
     "train-label": ("the authors' train-label/, val/ and test/", png_layout),
 }
 
 
-def find(root: Path) -> list[Source]:
-    """All volumes below a folder, in whatever layout."""
+def find(root: Path, patient: str = "") -> list[Source]:
+    """All volumes below a folder, in whatever layout. patient: the expression of --patient."""
     if not root.is_dir():
-        raise BadInput(f"{root}: no such folder")
-    layouts = [LAYOUTS[name] for name in LAYOUTS if (root / name).is_dir()]
+        raise BadInput(f"{root}: no such folder; correct the path")
+    layouts = [LAYOUTS[name] for name in LAYOUTS if child(root, name)]
     layouts += [("patientNNN/ of NIfTI, as ACDC", acdc_layout), ("HDF5, as SSL4MIS", hdf5_layout)]
     for name, layout in layouts:
         sources = layout(root)
         if sources:
-            print(f"{root}: {name}; {len(sources)} volumes, "
-                  f"{sum(s.masks is not None for s in sources)} with masks")
-            return sources
-    raise BadInput(f"{root}: no layout that is known; put NIfTI files into images/ and labels/")
+            break
+    else:
+        holds = ", ".join(file.name for file in sorted(root.iterdir())[:5]) or "nothing"
+        raise BadInput(f"{root}: holds {holds}; put NIfTI files into images/ and labels/")
+    print(f"{root}: {name}; {len(sources)} volumes, "
+          f"{sum(s.masks is not None for s in sources)} with masks")
+    named: dict[str, Path] = {}
+    for source in sources:
+        add(named, source.name, source.images[0])
+    return [with_patient(source, patient) for source in sources] if patient else sources
+
+
+def with_patient(source: Source, pattern: str) -> Source:
+    """The patient is what --patient finds in the name of a file."""
+    try:
+        found = re.search(pattern, source.name)
+    except re.error as error:
+        raise BadInput(f"--patient {pattern}: {error}; give a regular expression") from None
+    if not found or not found[0]:
+        raise BadInput(f"--patient {pattern}: is not in {source.name}; give what all names have")
+    return source._replace(patient=found[0])
 
 
 # -- The split -----------------------------------------------------------------------------------
@@ -343,12 +473,25 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
     for part, some in split.items():
         shown = " ".join(some[:8]) + (" ..." if len(some) > 8 else "")
         print(f"{part}: {len(some)} patients, {len(set(some) & set(masked))} with masks: {shown}")
-    stems = Counter(re.sub(r"[_-][a-zA-Z]+[_-]?\d+$", "", p) for p in patients)
-    for stem, times in stems.items():
-        if times > 1 and stem not in patients:
-            print(f"WARNING: {times} patients begin with {stem}: if they are one, put their files "
-                  f"into a folder images/{stem}/")
+    if len(split["val"]) < 3:
+        print(f"WARNING: {len(split['val'])} validation patients choose the checkpoint; its score "
+              "may be luck; name more in split.txt")
+    warn_of_stems(patients)
     return split
+
+
+def warn_of_stems(patients: list[str]) -> None:
+    """Visits of one patient in train and in test would make the test a rehearsal."""
+    visits = Counter(re.sub(r"[_-][a-zA-Z]+[_-]?\d+$", "", p) for p in patients)
+    numbers = Counter(re.sub(r"[_-]\d+$", "", p) for p in patients)
+    # case_001 to case_300 have one stem and are many; p01_1, p01_2, p02_1 have several.
+    numbers = Counter({k: n for k, n in numbers.items() if re.search(r"\d$", k)})
+    if len(numbers) < 2:
+        numbers.clear()
+    for stem, times in (visits | numbers).items():
+        if times > 1 and stem not in patients:
+            print(f"WARNING: {times} patients begin with {stem}; if they are one, say so with "
+                  f"--patient '^[^_-]+', which takes a name up to _ or -")
 
 
 def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
@@ -357,6 +500,8 @@ def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise BadInput(f"{path}: is not UTF-8; save it as UTF-8") from None
+    if any("\0" in line for line in lines):  # UTF-16 without its mark
+        raise BadInput(f"{path}: is not UTF-8; save it as UTF-8")
     split: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for line in lines:
         words = line.split("#")[0].rsplit(None, 1)
@@ -373,32 +518,58 @@ def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
 # -- Writing -------------------------------------------------------------------------------------
 
 
-def class_names(root: Path, text: str, how: str, sources: list[Source]) -> list[str]:
-    """Of --classes, of ACDC, or of nnU-Net's dataset.json; else the values found are named."""
+def class_names(root: Path, text: str, how: str, sources: list[Source]) -> dict[str, int]:
+    """Name of a class -> its value in the masks: of --classes, ACDC, or nnU-Net's dataset.json."""
+    names: dict[str, int] = {}
     file = root / "dataset.json"
-    if text:
-        if text.isdigit():
-            return ["background", *(f"class {k}" for k in range(1, int(text)))]
-        return text.split(",")
-    if how == "acdc":
-        return data.CLASSES
-    if file.exists():
-        with suppress(ValueError, KeyError, AttributeError):
-            labels = json.loads(file.read_text(encoding="utf-8"))["labels"]
-            if "background" in labels:  # nnU-Net's second version: name -> number
-                labels = {number: name for name, number in labels.items()}
-            numbered = {int(number): name for number, name in labels.items()}
-            return [numbered[k] for k in range(len(numbered))]
+    if text.isdigit():
+        words = ["background", *(f"class {k}" for k in range(1, int(text)))]
+    elif text:
+        words = text.split(",")
+    elif how == "acdc":
+        words = data.CLASSES
+    elif file.exists():
+        words = nnunet_classes(file)
+    else:
+        values = [f"{value:g}" for value in mask_values(sources)[:12]]
+        example = ",".join(["background=" + values[0], *[f"NAME={value}" for value in values[1:]]])
+        raise BadInput(f"--classes is needed: the masks hold {', '.join(values)}; name each, as in "
+                       f"--classes {example}")
+    for k, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name in names or not name or not (value or str(k)).isdigit():
+            raise BadInput(f"--classes {text}: {word!r} is twice, empty or no NAME=NUMBER")
+        names[name] = int(value or k)
+    if not 2 <= len(names) <= 255 or len(set(names.values())) < len(names):
+        raise BadInput(f"--classes {text}: give 2 to 255 names, each with a number of its own")
+    return names
+
+
+def nnunet_classes(file: Path) -> list[str]:
+    try:
+        labels = json.loads(file.read_text(encoding="utf-8-sig"))["labels"]
+        if "background" in labels:  # nnU-Net's second version: name -> number
+            labels = {number: name for name, number in labels.items()}
+        numbered = {int(number): str(name) for number, name in labels.items()}
+        return [f"{numbered[k]}={k}" for k in sorted(numbered)]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        fault = f"has no labels as nnU-Net writes them ({reason(error)})"
+        raise BadInput(f"{file}: {fault}; correct it, or give --classes") from None
+
+
+def mask_values(sources: list[Source]) -> list[float]:
     values: set[float] = set()
-    for source in [s for s in sources if s.masks][:5]:
+    for source in [s for s in sources if s.masks]:
         for slab in slabs(open_volume(source.masks, "label")):
             values |= set(np.unique(slab).tolist())
-    found = ", ".join(f"{value:g}" for value in sorted(values)[:12])
-    raise BadInput(f"--classes is needed: the masks hold {found}; give their number or names")
+    return sorted(values)
 
 
-def mask_slabs(source: Source, image: Volume, classes: int) -> Iterator[np.ndarray]:
-    """Slabs (n,H,W) uint8 of a mask, after a look at whether it fits its image."""
+def mask_slabs(source: Source, image: Volume, values: list[int]) -> Iterator[np.ndarray]:
+    """Slabs (n,H,W) uint8 of a mask, after a look at whether it fits its image.
+
+    values: what the classes have in the file; they become 0, 1, 2, ...
+    """
     path = source.masks[0]
     mask = open_volume(source.masks, "label")
     # By the headers a mask may lie half a voxel beside its image; this bounds it for all voxels.
@@ -406,28 +577,34 @@ def mask_slabs(source: Source, image: Volume, classes: int) -> Iterator[np.ndarr
     apart = [(np.abs(a - b)[:3] @ corner).max() for a, b in zip(mask.affines, image.affines)]
     if apart and mask.shape == image.shape and not min(apart) <= min(image.spacing) / 2:
         raise BadInput(f"{path}: lies {min(apart):.0f} mm beside its image; give both one affine")
-    case = data.Case(source.name, source.patient, image.shape, image.spacing, path)
     if mask.shape != image.shape:
         shapes = f"{mask.shape[::-1]}, its image {image.shape[::-1]}"
         raise BadInput(f"{path}: has shape {shapes}; they must be equal")
+    order = np.argsort(values)
+    ordered = np.array(values)[order]
     for slab in slabs(mask):
-        try:
-            yield data.read_mask(case._replace(shape=slab.shape, mask=slab), classes)
-        except BadInput as error:  # names the array, not the file
-            raise BadInput(f"{path}: {str(error).split(': ', 1)[-1]}") from None
+        whole = np.rint(slab)
+        place = np.searchsorted(ordered, whole).clip(max=len(values) - 1)
+        # Not exactly: a mask saved with a scale factor has 0.9999999 for 1.
+        wrong = slab[(ordered[place] != whole) | (np.abs(slab - whole) > 1e-3)]
+        if len(wrong):
+            listed = ", ".join(map(str, values))
+            raise BadInput(f"{path}: label value {wrong[0]:.9g} is not one of {listed}; change the "
+                           f"mask, or name the value: --classes background=0,NAME={wrong[0]:.9g}")
+        yield order[place].astype(np.uint8)
 
 
-def write(sources: list[Source], folder: Path, labels: list[str], window, bits: int) -> list[dict]:
-    """images.npy, masks.npy and masks/NAME.nii.gz; returns the cases of dataset.json."""
-    opened = [open_volume(source.images) for source in sources]
-    N = sum(volume.shape[0] for volume in opened)
+def write(sources: list[Source], folder: Path, values: list[int], window, bits: int) -> list[dict]:
+    """images.npy, masks.npy and masks/NUMBER.nii.gz; returns the cases of dataset.json."""
+    N = sum(open_volume(source.images).shape[0] for source in sources)
     kind = np.uint8 if bits == 8 else np.float16
     size = (N, data.GRID, data.GRID)
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", kind, size)
     masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, size)
     (folder / "masks").mkdir()
     cases, row = [], 0
-    for number, (source, volume) in enumerate(zip(sources, opened), start=1):
+    for number, source in enumerate(sources, start=1):
+        volume = open_volume(source.images)  # not all at once: a process may open 1024 files
         first = row
         limits = window
         if limits is None:
@@ -439,9 +616,9 @@ def write(sources: list[Source], folder: Path, labels: list[str], window, bits: 
             row += len(grid)
         name = None
         if source.masks:
-            native = np.concatenate(list(mask_slabs(source, volume, len(labels))))
+            native = np.concatenate(list(mask_slabs(source, volume, values)))
             masks[first:row] = data.to_grid(torch.from_numpy(native)).numpy()
-            name = f"masks/{source.name}.nii.gz"
+            name = f"masks/{number:04d}.nii.gz"  # a name of its own could be one no disk can store
             file = nib.Nifti1Image(native.T, np.diag([*volume.spacing[::-1], 1]))
             nib.save(file, folder / name)
         cases.append({"name": source.name, "patient": source.patient, "shape": volume.shape,
@@ -454,9 +631,11 @@ def write(sources: list[Source], folder: Path, labels: list[str], window, bits: 
 def prepare(args: argparse.Namespace) -> None:
     if args.out.exists():
         raise BadInput(f"--out {args.out}: already exists; not overwriting")
-    sources = find(args.source)
+    sources = find(args.source, args.patient)
     labels = class_names(args.source, args.classes, args.split, sources)
     split = make_split(args.source, sources, args.split, args.seed)
+    others = [s.images[0] for s in sources if s.patient not in sum(split.values(), [])]
+    leave(others, "of patients that the split does not name")
     sources = [s for s in sources if s.patient in sum(split.values(), [])]
     window = None
     if args.window:
@@ -477,9 +656,11 @@ def prepare(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as temporary:
         folder = Path(temporary, "set")
         folder.mkdir()
-        cases = write(sources, folder, labels, window, args.bits)
-        about = {"labels": labels, "split": split, "labeled": labeled, "eval_crop": crop,
-                 "window": window, "cases": cases}
+        cases = write(sources, folder, [*labels.values()], window, args.bits)
+        # The field's protocol has distances in voxels; on a set of one's own mm mean more.
+        about = {"labels": [*labels], "split": split, "labeled": labeled, "eval_crop": crop,
+                 "unit": "voxels" if args.split == "acdc" else "mm", "window": window,
+                 "cases": cases}
         text = json.dumps(about, indent=1) + "\n"
         (folder / "dataset.json").write_text(text, encoding="utf-8")
         shutil.move(folder, args.out)  # whole or not at all
@@ -520,7 +701,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write any layout of scans as one prepared set.")
     parser.add_argument("source", type=Path, nargs="?", help="folder of the scans")
     parser.add_argument("--out", type=Path, help="folder of the prepared set")
-    parser.add_argument("--classes", default="", help="number, or names with the background first")
+    parser.add_argument("--classes", default="",
+                        help="number, or names with the background first; NAME=VALUE of the masks")
+    parser.add_argument("--patient", default="", metavar="EXPRESSION",
+                        help="what of a file's name is the patient, a regular expression: ^[^_]+")
     parser.add_argument("--split", default="", choices=["", "acdc"], help="acdc: the field's split")
     parser.add_argument("--seed", type=int, default=0, help="of the 70/10/20 split")
     parser.add_argument("--labeled", type=int, default=0, help="default of train.py; 0 = all masks")
@@ -529,15 +713,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, default=16, choices=[8, 16], help="of a stored pixel")
     parser.add_argument("--phantoms", type=Path, metavar="FOLDER", help="write phantoms as scans")
     args = parser.parse_args(arguments)
-    try:
-        if args.phantoms:
-            return write_phantoms(args.phantoms)
-        if not (args.source and args.out):
-            raise BadInput("SOURCE and --out are needed")
-        prepare(args)
-    except (BadInput, OSError) as error:
-        print(f"extras.prepare: {error}", file=sys.stderr)
-        sys.exit(2)
+    if not args.phantoms and not (args.source and args.out):
+        parser.error("SOURCE and --out are needed")
+    run = partial(write_phantoms, args.phantoms) if args.phantoms else partial(prepare, args)
+    evaluate.command("extras.prepare", run, "allow it, or name another folder with --out")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_the_mean_is_over_volumes_then_over_classes():
     means = evaluate.class_means(rows())
     assert means["RV"] == pytest.approx([0.7, 0.6, 3.0, 2.0])
     assert means["mean"] == pytest.approx([0.4, 0.3, 6.0, 5.0])
-    assert evaluate.mean_dice(rows()) == pytest.approx(0.4)
+    assert evaluate.class_means(rows())["mean"][0] == pytest.approx(0.4)
 
 
 def test_the_table_counts_empty_predictions():
@@ -137,10 +137,10 @@ def test_the_table_counts_empty_predictions():
 
 
 def test_report_writes_the_rows_and_says_how_they_were_scored(tmp_path, capsys):
-    evaluate.report(tmp_path / "val.csv", rows(), {"step": 7, "fm": "none"})
+    evaluate.report(tmp_path / "val.csv", rows(), {"step": 7, "fm": "none"}, "voxels")
     with open(tmp_path / "val.csv", newline="") as file:
         found = list(csv.DictReader(file))
-    assert [(x["case"], x["label"], float(x["hd95"])) for x in found[2:]] == [
+    assert [(x["case"], x["label"], float(x["hd95_voxels"])) for x in found[2:]] == [
         ("b", "RV", 4.0), ("b", "LV", 9.0)]
     assert "one view, no post-processing, distances in voxels" in capsys.readouterr().out
 
@@ -173,6 +173,23 @@ def lv_is_brightest(x: torch.Tensor) -> torch.Tensor:
     return logits - 0.5
 
 
+@pytest.mark.parametrize("unit", ["mm", "voxels"])
+def test_the_unit_of_distances_stands_in_the_head_of_the_csv(tmp_path, capsys, unit):
+    evaluate.report(tmp_path / "val.csv", rows(), {"step": 7, "fm": "none"}, unit)
+    head = (tmp_path / "val.csv").read_text().splitlines()[0]
+    assert head == f"case,label,dice,jaccard,hd95_{unit},asd_{unit},empty"
+    assert f"distances in {unit}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["Łódź", "caf\udce9", "心臓", "p\n1"])
+def test_names_of_any_letters_go_into_the_csv(tmp_path, name):
+    evaluate.report(tmp_path / "val.csv", [rows()[0]._replace(case=name)],
+                    {"step": 7, "fm": "none"}, "mm")
+    with open(tmp_path / "val.csv", newline="", encoding="utf-8") as file:
+        found = next(csv.DictReader(file))["case"]
+    assert found == name.encode("utf-8", "backslashreplace").decode()  # bytes of Latin-1 readable
+
+
 def test_evaluate_scores_each_volume_of_a_part(hearts):
     found = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"), distances=False)
     assert [(r.case, r.label) for r in found] == [
@@ -181,8 +198,15 @@ def test_evaluate_scores_each_volume_of_a_part(hearts):
 
 def test_distances_in_mm_take_the_spacing(hearts):
     voxels = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"))
-    mm = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"), mm=True)
+    in_mm = hearts._replace(unit="mm")
+    mm = evaluate.evaluate(lv_is_brightest, in_mm, "val", torch.device("cpu"))
     assert mm[0].hd95 > 1.7 * voxels[0].hd95  # spacing 9, 1.8 and 1.8 mm
+
+
+def test_each_volume_is_printed_as_it_is_scored(hearts, capsys):
+    evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": Dice 0.")[0] for line in lines] == [c.name for c in hearts.part("val")]
 
 
 def test_post_processing_comes_before_the_score(hearts):

@@ -52,7 +52,7 @@ def test_eq3_to_eq6_equal_brute_force():
     Q = [sum(pi[i, j] / K for i in range(K)) for j in range(K)]
     kl = sum(math.log(1 / K / Q[j]) / K for j in range(K))
     prior = qpm.uniform_prior(K)
-    transition = qpm.transition_matrix(c, EPS, T)
+    transition = qpm.transition_rows(torch.arange(K), c, EPS, T)
     marginal = qpm.perturbed_marginal(prior, transition)
     assert prior.tolist() == [1 / K] * K
     assert np.allclose(transition, pi)
@@ -62,14 +62,14 @@ def test_eq3_to_eq6_equal_brute_force():
 
 @pytest.mark.parametrize("temperature", [0.001, 1.0, math.inf])
 def test_eq4_rows_sum_to_one(temperature):
-    rows = qpm.transition_matrix(codebook(), EPS, temperature)
+    rows = qpm.transition_rows(torch.arange(6), codebook(), EPS, temperature)
     assert torch.allclose(rows.sum(1), torch.ones(6, dtype=torch.float64))
 
 
 def test_figure_3_has_the_numbers_of_the_paper():
     far = 0.5 + math.log(0.70 / 0.15)  # as far as makes the nearest codeword hold 70 %
     c = torch.tensor([[0, 0], [0.5, 0], [0, far], [0, -far]], dtype=torch.float64)
-    pi = qpm.transition_matrix(c, 0.7)[0]
+    pi = qpm.transition_rows(torch.tensor([0]), c, 0.7)[0]
     assert pi.tolist() == pytest.approx([0.30, 0.49, 0.105, 0.105])
 
 
@@ -77,7 +77,8 @@ def test_figure_3_has_the_numbers_of_the_paper():
 def test_appendix_b_bounds_hold(eps):
     c = codebook(40, 3)
     prior = qpm.uniform_prior(40)
-    kl = qpm.qpm_kl(prior, qpm.perturbed_marginal(prior, qpm.transition_matrix(c, eps)))
+    transition = qpm.transition_rows(torch.arange(40), c, eps)
+    kl = qpm.qpm_kl(prior, qpm.perturbed_marginal(prior, transition))
     distances = F.pdist(c)
     assert -1e-12 <= kl <= qpm.qpm_kl_bound(c, eps) + 1e-12
     expected = -math.log(1 - eps + eps * math.exp(distances.min() - distances.max()))

@@ -229,8 +229,9 @@ def calls(tmp_path_factory):
         for name in ("open_data", "build", "vqseg_loss", "ema_update"):
             watch(patch, train, name)
         patch.setattr(evaluate, "evaluate", lambda *given, **options: [])
-        patch.setattr(evaluate, "mean_dice", lambda rows: 0.5)
+        patch.setattr(evaluate, "class_means", lambda rows: {"mean": [0.5]})
         patch.setattr(evaluate, "score_run", lambda *given: None)
+        patch.setattr(evaluate, "extra", lambda name: None)
         seen["lr"] = []
         hook = register_optimizer_step_pre_hook(
             lambda optimizer, *_: seen["lr"].append(optimizer.param_groups[0]["lr"]))
@@ -307,8 +308,9 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def unscored(monkeypatch):
-    """Without the table and the pictures that end a run."""
+    """Without the table and the pictures that end a run, and their rehearsal."""
     monkeypatch.setattr(evaluate, "score_run", lambda *given: None)
+    monkeypatch.setattr(evaluate, "extra", lambda name: None)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -376,7 +378,7 @@ def test_masks_of_unlabeled_slices_are_never_read(finished, unscored, tmp_path, 
 
 def test_best_pt_is_the_teacher_with_the_best_validation(unscored, tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3])
-    monkeypatch.setattr(evaluate, "mean_dice", lambda rows: next(scores))
+    monkeypatch.setattr(evaluate, "class_means", lambda rows: {"mean": [next(scores)]})
     run(tmp_path)
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert (best["step"], best["val_dice"]) == (10, 0.9)
@@ -384,6 +386,7 @@ def test_best_pt_is_the_teacher_with_the_best_validation(unscored, tmp_path, mon
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "total_loss", lambda l_db, l_align, lambda_a: l_db * math.nan)
+    monkeypatch.setattr(evaluate, "extra", lambda name: None)
     with pytest.raises(FloatingPointError, match="step 1: the loss is not finite"):
         run(tmp_path)
 
@@ -446,7 +449,7 @@ def test_resume_takes_the_runs_own_flags(finished):
 
 
 def test_resume_refuses_a_flag_that_contradicts_the_run(finished):
-    with pytest.raises(BadInput, match="--eps 0.1: the run began with 0.7"):
+    with pytest.raises(BadInput, match="--eps 0.1: RUN began with 0.7; leave it out"):
         train.read_settings(["--resume", str(finished[0]), "--eps", "0.1"])
 
 

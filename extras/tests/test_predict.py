@@ -270,8 +270,9 @@ def test_a_folder_goes_on_after_a_bad_file_and_ends_with_2(tmp_path, call):
     (tmp_path / "b.nii.gz").write_bytes(b"hello")
     (tmp_path / "notes.txt").write_text("not a scan")
     status, out, err = call("--scan", tmp_path, "--out", tmp_path / "out")
-    assert status == 2 and err.count("\n") == 1 and "b.nii.gz: cannot be read as NIfTI" in err
-    assert "left alone: 1 files of other types, 1 NIfTI files in subfolders" in out
+    assert status == 2 and err.count("\n") == 1 and "b.nii.gz: is not NIfTI, or damaged" in err
+    assert f"left alone, in a subfolder: 1 files ({tmp_path / 'below' / 'd.nii'})" in out
+    assert f"left alone, no NIfTI: 1 files ({tmp_path / 'notes.txt'})" in out
     assert "1 of 3: " in out and "3 of 3: " in out
     names = {"a.nii", "a.png", "c.NII.GZ", "c.png", "e.nii"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names

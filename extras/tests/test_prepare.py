@@ -286,13 +286,13 @@ def spoil_voxel_size(root):
 
 
 @pytest.mark.parametrize("spoil, said", [
-    (spoil_label, "p1.nii.gz: label value 3 is not one of 0 to 2; change the mask's labels"),
+    (spoil_label, "p1.nii.gz: label value 3 is not one of 0, 1, 2; change the mask, or name the"),
     (spoil_shape, "labels/p1.nii.gz: has shape (16, 20, 3), its image (20, 16, 3)"),
     (spoil_place, "labels/p1.nii.gz: lies 40 mm beside its image; give both one affine"),
     (spoil_nan, "images/p1.nii.gz: holds voxels that are no finite numbers; replace them"),
     (spoil_flat, "is one slice of shape (20, 16); store it as (x, y, 1)"),
     (spoil_one_hot, "of a one-hot mask its class numbers"),
-    (spoil_bytes, "images/p1.nii.gz: cannot be read as NIfTI"),
+    (spoil_bytes, "images/p1.nii.gz: is not NIfTI, or damaged; copy the file again"),
     (spoil_twin, "has the same name; remove one of the two"),
     (spoil_foreign, "p9.mha: is not NIfTI; convert it to .nii.gz"),
     (spoil_orphan, "labels/p1.nii.gz: has no image of that name"),
@@ -307,7 +307,7 @@ def test_bad_input_is_one_line_with_its_remedy(pairs, capsys, spoil, said):
 
 
 def test_missing_classes_names_the_values_found(pairs, capsys):
-    assert "the masks hold 0, 1, 2; give" in refusal(pairs, capsys, "--classes", "")
+    assert "the masks hold 0, 1, 2; name each, as in" in refusal(pairs, capsys, "--classes", "")
 
 
 def test_an_existing_folder_is_not_overwritten(pairs, capsys):
@@ -335,5 +335,5 @@ def test_visits_that_look_like_one_patient_are_warned_of(pairs, capsys):
 
 def test_the_refusal_of_a_mask_names_its_file():
     source = prepare.Source("x", "x", (Path("i.nii"),), (Path("missing.nii.gz"),))
-    with pytest.raises(BadInput, match="missing.nii.gz"):
-        list(prepare.mask_slabs(source, prepare.Volume((1, 2, 2), None), 2))
+    with pytest.raises(BadInput, match="missing.nii.gz: no such file; correct the path"):
+        list(prepare.mask_slabs(source, prepare.Volume((1, 2, 2), None), [0, 1]))

@@ -1,0 +1,71 @@
+"""What is looked at before hours are spent on it, and whether data that moved are still the same.
+
+`train.py` and `evaluate.py` call this where the folder extras is there; it has no command line.
+What ends a training is tried before it: reading every validation mask, the pictures, the table.
+Of an untrained network they say nothing, so they go into a hidden folder that is then removed.
+"""
+
+import io
+import json
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+import evaluate
+from data import BadInput, Dataset, read_mask
+from extras import figures
+from model import VQSeg
+
+
+def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
+    """Raises now what would be raised at the end. saved: what a checkpoint will hold."""
+    began = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    for part in ("train", "val"):
+        same_volumes(began, dataset, part)
+    warn(dataset, saved["settings"]["labeled"])
+    try:
+        with tempfile.TemporaryDirectory(dir=run, prefix=".") as folder:
+            rehearse(Path(folder), teacher, dataset, saved | {"step": 0}, device)
+    except OSError as error:
+        remedy = "allow it, or begin in another folder with --out"
+        raise BadInput(f"{run}: cannot be written ({error.strerror or error}); {remedy}") from None
+
+
+def rehearse(folder: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
+    """The table and the pictures that end a training, of one volume and an untrained teacher."""
+    for case in dataset.part("val"):
+        read_mask(case, len(dataset.labels))
+    one = dataset._replace(split=dataset.split | {"val": [dataset.part("val")[0].patient]})
+    with redirect_stdout(io.StringIO()):
+        rows = evaluate.evaluate(teacher.predict, one, "val", device, distances=False)
+        evaluate.report(folder / "val.csv", rows, saved, one.unit)
+        figures.draw_run(folder, teacher, one, "val", rows, device)
+
+
+def warn(dataset: Dataset, labeled: int) -> None:
+    """Says what makes a result worth little."""
+    few, _ = dataset.training(labeled)
+    shown = set(dataset.masks[dataset.rows(few).to(dataset.masks.device)].unique().tolist())
+    for k in sorted(set(range(len(dataset.labels))) - shown):
+        print(f"WARNING: no labeled slice shows {dataset.labels[k]}; it cannot be learned")
+    count = len({case.patient for case in dataset.part("val")})
+    if count < 3:
+        print(f"WARNING: the validation set has {count} patients, and it chooses the checkpoint: "
+              "its Dice is too good; judge by the test set, or validate on 3 or more")
+
+
+def same_volumes(began: dict, dataset: Dataset, part: str) -> None:
+    """Raises where the data are not those that a run began with. began: its record."""
+
+    def of_part(volumes: dict) -> dict:
+        return {k: v for k, v in volumes.items() if v[0] in began["split"][part]}
+
+    known = of_part(began.get("volumes", {}))  # none of a part that was not read: ACDC's test
+    found = of_part({c.name: [c.patient, *c.shape] for c in dataset.cases})
+    differ = sorted(name for name in known if found.get(name) != known[name])
+    differ += sorted(found.keys() - known.keys()) if known else []
+    if differ:
+        raise BadInput(f"--root: {differ[0]} ({part}) is not as the run began with it; name the "
+                       "folder of the same data with --root, or begin another run")
