@@ -114,7 +114,7 @@ def load_prepared(folder: Path) -> Dataset:
         masks = torch.from_numpy(np.load(folder / "masks.npy", mmap_mode="c"))
         images = images / 255 if images.dtype == torch.uint8 else images  # for a set to be sent
         return Dataset(**about, cases=cases, images=images, masks=masks)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise BadInput(f"{folder}: damaged ({error!r}); run extras.prepare again") from None
 
 def read_acdc(root: Path, parts: tuple[str, ...]) -> tuple[list[Case], list[np.ndarray]]:

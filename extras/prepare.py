@@ -33,6 +33,8 @@ import data
 import evaluate
 from data import BadInput
 
+# It prints guesses about headers; what is wrong with one is refused below.
+nib.imageglobals.logger.disabled = True
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
 HDF5 = re.compile(r"\.(h5|hdf5)$", re.I)
 FOREIGN = re.compile(r"\.(nrrd|nhdr|mha|mhd|dcm|dicom|ima|hdr|img|mgz|mgh|mnc)$", re.I)

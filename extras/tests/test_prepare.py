@@ -1,6 +1,8 @@
 """Each layout becomes the same arrays; what does not fit is refused in one line with its remedy."""
 
+import gzip
 import json
+import random
 from pathlib import Path
 
 import nibabel as nib
@@ -304,6 +306,23 @@ def spoil_voxel_size(root):
 def test_bad_input_is_one_line_with_its_remedy(pairs, capsys, spoil, said):
     spoil(pairs)
     assert said in refusal(pairs, capsys)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_file_with_random_damage_is_read_or_refused_in_one_line(pairs, capsys, seed):
+    rng = random.Random(seed)
+    file = rng.choice(sorted(pairs.rglob("*.nii.gz")))
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    for _ in range(rng.randrange(1, 8)):
+        content[rng.randrange(352)] = rng.randrange(256)  # most of it in the header
+    file.write_bytes(gzip.compress(content[: rng.choice([None, rng.randrange(len(content))])]))
+    status = 0
+    try:
+        run(pairs)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert (status, capsys.readouterr().err.count("\n")) in {(0, 0), (2, 1)}
+    assert not [f for f in pairs.parent.iterdir() if f.name.startswith(".")]
 
 
 def test_missing_classes_names_the_values_found(pairs, capsys):
