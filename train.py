@@ -278,12 +278,12 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         try:
             base = json.loads(config.read_text(encoding="utf-8"))["settings"]
             Settings(**base)
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{config}: no run of this version; begin another one") from None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise BadInput(f"--resume {given['resume']}: holds no run; start one") from None
         for name in given.keys() - {"resume", "root", "device"}:
             if given[name] != base[name]:
-                flag = "--" + name.replace("_", "-")
-                raise BadInput(f"{flag} {given[name]}: RUN began with {base[name]}; leave it out")
+                values = f"{given[name]}: RUN began with {base[name]}; leave it out"
+                raise BadInput(f"--{name.replace('_', '-')} {values}")
     s = Settings(**base | given)
     for f in fields(Settings):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]

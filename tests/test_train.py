@@ -448,6 +448,14 @@ def test_resume_takes_the_runs_own_flags(finished):
     assert train.read_settings(again).steps == 12
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {"width": 4, "depth": 5}}'])
+def test_resume_of_a_folder_without_a_run_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BadInput, match="--resume .* holds no run; start one"):
+            train.read_settings(["--resume", str(folder)])
+
+
 def test_resume_refuses_a_flag_that_contradicts_the_run(finished):
     with pytest.raises(BadInput, match="--eps 0.1: RUN began with 0.7; leave it out"):
         train.read_settings(["--resume", str(finished[0]), "--eps", "0.1"])
