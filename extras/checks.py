@@ -46,8 +46,9 @@ def rehearse(folder: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device
 
 def warn(dataset: Dataset, labeled: int) -> None:
     """Says what makes a result worth little."""
-    few, _ = dataset.training(labeled)
-    shown = set(dataset.masks[dataset.rows(few).to(dataset.masks.device)].unique().tolist())
+    shown: set[int] = set()
+    for case in dataset.training(labeled)[0]:  # one by one: together they may exceed memory
+        shown |= set(dataset.masks[case.first : case.first + case.shape[0]].unique().tolist())
     for k in sorted(set(range(len(dataset.labels))) - shown):
         print(f"WARNING: no labeled slice shows {dataset.labels[k]}; it cannot be learned")
     count = len({case.patient for case in dataset.part("val")})
