@@ -271,3 +271,8 @@ def test_a_line_names_the_terms_of_eq12_in_100_characters():
     line = evaluate.one_line(record, 10000)
     assert all(f" {name} " in line for name in ("seg_l", "rec_l", "seg_u", "rec_u", "align"))
     assert len(f"{line} 8.5/s 999 min") <= 100
+
+
+def test_the_log_without_a_codebook_says_nothing_of_its_use():
+    window = [{"loss": torch.tensor(1.0), "indices": torch.zeros(2, 3, dtype=torch.long)}]
+    assert evaluate.summary(5, window, codebook_size=0) == {"step": 5, "loss": 1.0}

@@ -186,6 +186,11 @@ def test_without_lambda_usage_the_quantizer_has_the_codebook_loss_alone():
     assert q.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_the_supervised_student_has_neither_codebook_nor_image_branch():
+    student = built("--supervised")[1]
+    assert len(student.quantizer.table) == 0 and student.image_decoder is None
+
+
 def test_a_new_perturbation_is_one_function_and_one_entry(step, monkeypatch):
     def exchange(q, i, c, eps, T, g):
         """Two images of the batch exchange their tokens."""
