@@ -1,0 +1,81 @@
+"""The figures of the README: what they count, and what they are drawn from."""
+
+import argparse
+import math
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+import data
+import evaluate
+import train
+from extras import figures
+from model import VQSeg
+
+SPLIT = {"train": ["001"], "val": ["002"], "test": ["003"]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Untrained runs: with QPM, without it, and without a codebook."""
+    folder = tmp_path_factory.mktemp("figures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "PHANTOM_SPLIT", SPLIT)
+        dataset = data.load("phantom")
+    for name, flags in (("qpm", []), ("none", ["--perturb", "none"]), ("few", ["--supervised"])):
+        s = train.read_settings(["--width", "4", "--codebook-size", "32", "--fm", "none", *flags])
+        _, teacher, _, _, about = train.build(s, dataset, torch.device("cpu"))
+        (folder / name).mkdir()
+        evaluate.save(folder / name / "best.pt", about | {"teacher": teacher.state_dict()})
+    return folder
+
+
+@pytest.fixture
+def draw(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PHANTOM_SPLIT", SPLIT)
+
+    def draw_runs(*names):
+        args = argparse.Namespace(runs=[runs / name for name in names], out=tmp_path, root="")
+        figures.draw_all(args)
+        return {file.name: imread(file).shape for file in tmp_path.iterdir()}
+
+    return draw_runs
+
+
+def test_model_png_has_a_row_for_each_run(draw):
+    one = draw("qpm")
+    two = draw("qpm", "none")
+    assert set(one) == set(two) == {"model.png", "qpm.png", "vq.png", "data.png"}
+    assert two["model.png"][0] > 1.5 * one["model.png"][0]
+    assert two["vq.png"] == one["vq.png"]
+
+
+def test_a_run_without_a_codebook_is_refused(draw):
+    with pytest.raises(data.BadInput, match="few: has no codebook"):
+        draw("qpm", "few")
+
+
+def test_effective_neighbors_are_all_others_for_infinite_temperature_and_one_near_zero():
+    codebook = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    every = torch.arange(4)
+    all_others = figures.effective_neighbors(every, codebook, math.inf)
+    nearest = figures.effective_neighbors(every, codebook, 0.01)
+    torch.testing.assert_close(all_others, torch.full((4,), 3.0))
+    torch.testing.assert_close(nearest, torch.ones(4))
+
+
+def test_codeword_counts_are_those_of_brute_force(monkeypatch):
+    monkeypatch.setattr(data, "PHANTOM_SPLIT", SPLIT)
+    dataset = data.load("phantom", parts=("train",))
+    torch.manual_seed(0)
+    model = VQSeg(width=4, codebook_size=8, dim=4).eval()
+    expected = [0] * 8
+    with torch.no_grad():
+        for row in dataset.rows(dataset.part("train")).tolist():
+            x = data.crop_center(dataset.images[row])[None, None]
+            tokens = model.encoder(x).z[0].flatten(1).T.double()  # (h*w,D)
+            for token in tokens:
+                distances = (model.quantizer.codebook.double() - token).square().sum(1)
+                expected[int(distances.argmin())] += 1
+    assert figures.codeword_counts(model, dataset).tolist() == expected
