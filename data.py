@@ -12,6 +12,7 @@ The paper does not say:
     blur, noise. Both have the same geometry: the pseudo-label fits the student's view.
 """
 
+import importlib
 import json
 import re
 import sys
@@ -113,9 +114,12 @@ def load_prepared(folder: Path) -> Dataset:
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))
         masks = torch.from_numpy(np.load(folder / "masks.npy", mmap_mode="c"))
         images = images / 255 if images.dtype == torch.uint8 else images  # for a set to be sent
-        return Dataset(**about, cases=cases, images=images, masks=masks)
+        dataset = Dataset(**about, cases=cases, images=images, masks=masks)
+        if Path(__file__).with_name("extras").is_dir():
+            importlib.import_module("extras.checks").fits(dataset)
+        return dataset
     except Exception as error:  # a damaged file can fail in any way
-        raise BadInput(f"{folder}: damaged ({error!r}); run extras.prepare again") from None
+        raise BadInput(f"{folder}: damaged ({error}); run extras.prepare again") from None
 
 def read_acdc(root: Path, parts: tuple[str, ...]) -> tuple[list[Case], list[np.ndarray]]:
     """patientNNN/patientNNN_frameXX[_gt].nii[.gz], also below training/, testing/ or database/."""
@@ -136,12 +140,9 @@ def read_acdc(root: Path, parts: tuple[str, ...]) -> tuple[list[Case], list[np.n
     return cases, images
 
 def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
-    """(Z,H,W) voxels and (z,y,x) spacing in mm, nibabel's (x,y,z) reversed.
-
-    The spacing is the header's pixdim: ACDC's sform has unit scales.
-    """
-    try:
-        file = nib.load(path)
+    """(Z,H,W) voxels and (z,y,x) spacing in mm by pixdim: ACDC's sform has unit scales."""
+    try:  # nib.load would not find p1.Nii.gz
+        file = nib.Nifti1Image.from_file_map({"image": nib.FileHolder(path)})
         voxels = np.asarray(file.dataobj)
         if voxels.ndim != 3 or 0 in voxels.shape:
             raise ValueError(f"shape {voxels.shape} is not (x, y, z)")

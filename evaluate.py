@@ -209,7 +209,7 @@ def command(name: str, run, remedy: str) -> None:
         run()
     except (BadInput, OSError, FloatingPointError, ImportError) as error:
         end = f"; {remedy}" if isinstance(error, OSError) else ""
-        print(f"{name}: {error}{end}", file=sys.stderr)
+        print(f"{name}: {error}{end}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped; a training continues with --resume RUN")
@@ -222,13 +222,15 @@ def save(path: Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # a full disk
         raise BadInput(f"{path}: {error}; make room, then --resume {path.parent}") from None
 
-def load_run(run: Path, device: torch.device, name: str = "best.pt") -> tuple[VQSeg, dict]:
-    """The best (or last) teacher of a run, in evaluation mode, and its checkpoint."""
+def load_run(run: Path, device: torch.device, name: str = "best.pt", **into) -> tuple[VQSeg, dict]:
+    """The best (or last) teacher of a run, and its checkpoint; `into` goes on from its state."""
     path = Path(run) / name
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = VQSeg(**saved["network"]).to(device)
         model.load_state_dict(saved["teacher"])
+        for part, module in into.items():
+            module.load_state_dict(saved[part])
     except Exception as error:  # a foreign file can fail in any way
         fault = f"no checkpoint of this version ({type(error).__name__})"
         raise BadInput(f"{path}: {fault}; give a run folder of train.py") from None

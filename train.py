@@ -34,7 +34,6 @@ from data import BadInput, Dataset
 from model import NETWORKS, VQSeg, ema_update, foundation_model
 from qpm import PERTURBATIONS
 
-
 def option(default, help: str, choices=None, low: float = 0, high: float = math.inf):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
@@ -245,10 +244,8 @@ def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
         name += "-again"
         run = Path(name)
     if s.resume and (run / "last.pt").exists():
-        _, saved = evaluate.load_run(run, torch.device("cpu"), "last.pt")
-        student.load_state_dict(saved["student"])
-        teacher.load_state_dict(saved["teacher"])
-        optimizer.load_state_dict(saved["optimizer"])
+        _, saved = evaluate.load_run(run, torch.device("cpu"), "last.pt", student=student,
+                                     teacher=teacher, optimizer=optimizer)
         return run, saved["step"], saved["best"], saved["log"]
     if rank == 0:
         if (run / "config.json").exists() and not s.resume:
@@ -261,8 +258,7 @@ def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
     """The command line; with --resume, the settings that the run began with."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Train a run.", argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         how = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
@@ -274,11 +270,12 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         given[name] = str(Path(given[name]).expanduser().resolve())
     base = PAPER if given.get("paper") else {}
     if "resume" in given:
-        config = Path(given["resume"]) / "config.json"
         try:
-            base = json.loads(config.read_text(encoding="utf-8"))["settings"]
-            Settings(**base)
-        except (OSError, ValueError, KeyError, TypeError):
+            base = json.loads(Path(given["resume"], "config.json").read_bytes())["settings"]
+            base = {f.name: f.type(base[f.name]) for f in fields(Settings)}
+            for f in [f for f in fields(Settings) if f.metadata["choices"]]:
+                f.metadata["choices"].index(base[f.name])  # an error where it is none of them
+        except Exception:  # a damaged file can fail in any way
             raise BadInput(f"--resume {given['resume']}: holds no run; start one") from None
         for name in given.keys() - {"resume", "root", "device"}:
             if given[name] != base[name]:

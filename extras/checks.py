@@ -13,15 +13,43 @@ from pathlib import Path
 
 import torch
 
+import data
 import evaluate
 from data import BadInput, Dataset, read_mask
 from extras import figures
 from model import VQSeg
 
 
+def fits(d: Dataset) -> None:
+    """Raises ValueError where a prepared set is not as `extras.prepare` writes it."""
+    rows = [case.shape[0] for case in d.cases]
+    first = [sum(rows[:k]) for k in range(len(rows))]
+    size = (sum(rows), data.GRID, data.GRID)
+    texts = [*d.labels, *(t for c in d.cases for t in (c.name, c.patient))]
+    whole = [n for c in d.cases for n in (*c.shape, c.first + 1)]
+    listed = sum(d.split.values(), [])
+    rules = {
+        "labels": isinstance(d.labels, list) and len(d.labels) == len(set(d.labels)) > 1,
+        "split": set(d.split) == {"train", "val", "test"} and len(listed) == len(set(listed)),
+        "labeled": isinstance(d.labeled, int) and d.labeled > 0,
+        "eval_crop": d.eval_crop in range(16, data.GRID + 1, 16),
+        "window": d.window is None or d.window[0] < d.window[1],
+        "unit": d.unit in ("mm", "voxels"),
+        "names": {type(text) for text in texts} == {str},
+        "shape": {type(n) for n in whole} == {int} and min(whole) > 0,
+        "spacing": all(len(c.spacing) == len(c.shape) == 3 < 3 + min(c.spacing) for c in d.cases),
+        "first": [case.first for case in d.cases] == first,
+        "images.npy": d.images.shape == size and d.images.is_floating_point(),
+        "masks.npy": d.masks.shape == size and d.masks.dtype == torch.uint8,
+    }
+    for name, right in rules.items():
+        if not right:
+            raise ValueError(f"{name} does not fit the rest")
+
+
 def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
     """Raises now what would be raised at the end. saved: what a checkpoint will hold."""
-    began = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    began = json.loads((run / "config.json").read_bytes())
     for part in ("train", "val"):
         same_volumes(began, dataset, part)
     warn(dataset, saved["settings"]["labeled"])
@@ -49,6 +77,8 @@ def warn(dataset: Dataset, labeled: int) -> None:
     shown: set[int] = set()
     for case in dataset.training(labeled)[0]:  # one by one: together they may exceed memory
         shown |= set(dataset.masks[case.first : case.first + case.shape[0]].unique().tolist())
+    if max(shown) >= len(dataset.labels):
+        raise BadInput(f"masks.npy: holds the value {max(shown)}; run extras.prepare again")
     for k in sorted(set(range(len(dataset.labels))) - shown):
         print(f"WARNING: no labeled slice shows {dataset.labels[k]}; it cannot be learned")
     count = len({case.patient for case in dataset.part("val")})
@@ -63,8 +93,11 @@ def same_volumes(began: dict, dataset: Dataset, part: str) -> None:
     def of_part(volumes: dict) -> dict:
         return {k: v for k, v in volumes.items() if v[0] in began["split"][part]}
 
-    known = of_part(began.get("volumes", {}))  # none of a part that was not read: ACDC's test
-    found = of_part({c.name: [c.patient, *c.shape] for c in dataset.cases})
+    try:
+        known = of_part(began.get("volumes", {}))  # none of a part that was not read: ACDC's test
+        found = of_part({c.name: [c.patient, *c.shape] for c in dataset.cases})
+    except Exception:  # a record that was damaged can fail in any way
+        raise BadInput("config.json: its volumes or split are damaged; begin another run") from None
     differ = sorted(name for name in known if found.get(name) != known[name])
     differ += sorted(found.keys() - known.keys()) if known else []
     if differ:

@@ -147,13 +147,13 @@ def load_runs(runs: list[Path], device: torch.device) -> tuple[list[Model], dict
     return [model.predict for model, _ in loaded], first
 
 
-def read_scan(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
-    """A NIfTI file and its voxels as (T,Z,H,W); T is 1 for a scan without time."""
-    file = load_nifti(path)
+def read_scan(path: Path) -> tuple[nib.Nifti1Image, list[float], np.ndarray]:
+    """A NIfTI file, its (x,y,z) spacing in mm, its voxels as (T,Z,H,W); T is 1 without time."""
+    file, sides = load_nifti(path)
     if len(file.shape) not in (3, 4) or 0 in file.shape:
         raise BadInput(f"{path}: has shape {file.shape}; store it as (x, y, z) or (x, y, z, t)")
     found = voxels(path, lambda: file.dataobj)
-    return file, found.reshape(*found.shape[:3], -1).T
+    return file, sides.tolist(), found.reshape(*found.shape[:3], -1).T
 
 
 def like(file: nib.Nifti1Image, voxels: np.ndarray, kind: np.dtype) -> nib.Nifti1Image:
@@ -188,7 +188,7 @@ def predict_file(model: Model, saved: dict, scan: Path, out: Path, device: torch
     for path in map(out.with_name, outputs):
         if path.exists():
             raise BadInput(f"{path}: already exists; not overwriting; change --out or remove it")
-    file, series = read_scan(scan)
+    file, (dx, dy, dz), series = read_scan(scan)
     if with_probabilities and len(series) > 1:
         raise BadInput(f"{scan}: has {len(series)} time points; --probabilities needs one")
     shape = series.shape[2:]
@@ -202,19 +202,18 @@ def predict_file(model: Model, saved: dict, scan: Path, out: Path, device: torch
     if kind.kind not in "iu" or np.iinfo(kind).max < len(names) - 1:
         kind = np.dtype(np.uint8)
     voxels = np.stack(found).T.reshape(file.shape)  # (T,Z,H,W) -> (x,y,z), or (x,y,z,T)
-    dx, dy, dz = (float(side) for side in file.header.get_zooms()[:3])
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # Whole or not at all: files move out of a hidden folder when all of them are written.
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as folder:
-            paths = [Path(folder, name) for name in outputs]
+            paths = [Path(folder, name.lower()) for name in outputs]  # nibabel has no .Nii.gz
             nib.save(like(file, voxels, kind), paths[0])
             draw(paths[1], data.scale(series[0], saved["window"]), found[0], names, dy / dx)
             if with_probabilities:
                 p = probabilities(model, images, shape, crop, device)  # (Z,C,H,W)
                 nib.save(like(file, p.transpose(3, 2, 0, 1), np.dtype(np.float32)), paths[2])
-            for path in paths:
-                os.replace(path, out.with_name(path.name))
+            for path, name in zip(paths, outputs):
+                os.replace(path, out.with_name(name))
     except OSError as error:
         reason = error.strerror or error
         raise BadInput(f"{out}: cannot be written ({reason}); make room or change --out") from None

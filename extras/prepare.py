@@ -14,10 +14,12 @@ The paper says nothing of this; it trained on ACDC and on chest CTs that are not
 import argparse
 import gzip
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,10 +35,13 @@ import data
 import evaluate
 from data import BadInput
 
-# It prints guesses about headers; what is wrong with one is refused below.
+# They print guesses about a file; what is wrong with one is refused below.
 nib.imageglobals.logger.disabled = True
+warnings.filterwarnings("ignore", module="PIL|nibabel|numpy")
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.I)
 HDF5 = re.compile(r"\.(h5|hdf5)$", re.I)
+PNG = re.compile(r"\.png$", re.I)
+NPY = re.compile(r"\.npy$", re.I)
 FOREIGN = re.compile(r"\.(nrrd|nhdr|mha|mhd|dcm|dicom|ima|hdr|img|mgz|mgh|mnc)$", re.I)
 # How files begin that are called .nii without being one: where, what, its name, the remedy.
 CONVERT = "convert it to .nii.gz"
@@ -78,42 +83,42 @@ class Volume(NamedTuple):
 # -- Opening files -------------------------------------------------------------------------------
 
 
-def reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return str(error).split("\n")[0] or type(error).__name__
-
-
 def voxels(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
     """What `read` takes from this file, or one line about what is wrong with it."""
     try:
         found = np.asarray(read())
     except Exception as error:  # a damaged file can make a library fail in any way
-        raise BadInput(f"{path}: damaged ({reason(error)}); copy the file again") from None
+        raise BadInput(f"{path}: {fault(path, error)}") from None
     if found.dtype.kind not in "iufb" or not np.isfinite(found).all():
         raise BadInput(f"{path}: holds voxels that are no finite numbers; replace them")
     return found
 
 
-def what_it_is(path: Path) -> str:
-    """Of a file that does not open as NIfTI: what it is instead, and the remedy."""
+def fault(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, and the remedy."""
     if path.is_dir():
         return "is a folder; name the file in it, or rename the folder"
     if not path.exists():
         return "no such file; correct the path" + (" of the link" if path.is_symlink() else "")
+    if not os.access(path, os.R_OK):
+        return "cannot be read; allow it, or copy the file"
+    reason = str(error).split("\n")[0] or type(error).__name__
+    return f"damaged ({reason}); copy the file again"
+
+
+def what_it_is(path: Path) -> str:
+    """Of a file that does not open as NIfTI: what it is instead, and the remedy."""
     try:
         with open(path, "rb") as file:
             content = file.read(400)
-    except OSError as error:
-        return f"cannot be read ({error.strerror}); allow it, or copy the file"
-    packed = content[:2] == b"\x1f\x8b"
-    if packed:
-        try:
+        packed = content[:2] == b"\x1f\x8b"
+        if packed:
             with gzip.open(path) as file:
                 content = file.read(400)
-        except (OSError, EOFError, zlib.error) as error:
-            return f"damaged ({reason(error)}); copy the file again"
-        if content[:2] == b"\x1f\x8b":
-            return "is compressed twice; unpack it once with gunzip"
+    except (OSError, EOFError, zlib.error) as error:
+        return fault(path, error)
+    if content[:2] == b"\x1f\x8b":
+        return "is compressed twice; unpack it once with gunzip"
     if not content:
         return "is empty; copy the file again"
     if content[344:347] == b"n+1" or content[4:7] == b"n+2":
@@ -128,65 +133,77 @@ def what_it_is(path: Path) -> str:
     return "is not NIfTI, or damaged; copy the file again, or convert it to .nii.gz"
 
 
-def load_nifti(path: Path) -> nib.Nifti1Image:
-    """The opened file, its voxels not read yet."""
+def load_nifti(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
+    """The opened file, its voxels not read yet, and the sides of a voxel in mm: (x,y,z)."""
     try:
-        return nib.load(path, keep_file_open=True)  # or each slab is unpacked from the start
+        with nib.openers.ImageOpener(path) as file:
+            start = file.read(540)
+        kinds = [kind for kind in (nib.Nifti1Image, nib.Nifti2Image)
+                 if kind.header_class.may_contain_header(start)]
+        # nib.load does not find p1.Nii.gz. Kept open, or each slab is unpacked from the start.
+        image = kinds[0].from_file_map({"image": nib.FileHolder(path)}, keep_file_open=True)
+        # The header as it is: nibabel makes 1 mm of a voxel size of 0.
+        header = kinds[0].header_class(start[: image.header.sizeof_hdr], check=False)
+        sform = image.header.get_sform(coded=True)[0]
+        image.header.get_qform(coded=True)  # fails for a quaternion that is none
     except Exception:  # a damaged file can make a library fail in any way
         raise BadInput(f"{path}: {what_it_is(path)}") from None
+    unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # meters, micrometers
+    choices = [np.asarray(header["pixdim"][1:4], float)]
+    if sform is not None:
+        choices.append(np.linalg.norm(sform[:3, :3], axis=0))
+        # Where the two disagree the affine counts, but not unit scales: ACDC has them.
+        if not np.allclose(choices[1], 1, 1e-3) and not np.allclose(*choices, 1e-3):
+            choices.reverse()
+    for sides in choices:
+        if np.isfinite(sides).all() and (sides > 0).all():
+            return image, sides * unit
+    raise BadInput(f"{path}: its header has no voxel size; correct pixdim or the affine")
 
 
 def open_nifti(path: Path) -> Volume:
-    file = load_nifti(path)
-    try:
-        sform, qform = file.affine, file.header.get_qform(coded=True)[0]
-        with nib.openers.ImageOpener(path) as raw:  # nib.load makes 1 mm of a voxel size of 0
-            header = type(file.header).from_fileobj(raw, check=False)
-        zooms = np.asarray(header["pixdim"][1:4], float)
-    except Exception:  # a quaternion that is none, for one
-        raise BadInput(f"{path}: has a damaged header; copy the file again") from None
+    file, sides = load_nifti(path)
     shape = file.shape
     if len(shape) == 2:
         raise BadInput(f"{path}: is one slice of shape {shape}; store it as (x, y, 1)")
     if len(shape) != 3 or 0 in shape:
         remedy = "store one volume a file, and of a one-hot mask its class numbers"
         raise BadInput(f"{path}: has shape {shape}, not (x, y, z); {remedy}")
-    # ACDC's sform has unit scales while pixdim is right: the affine counts only without a pixdim.
-    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
-        zooms = np.linalg.norm(sform[:3, :3], axis=0)
-    if not (np.isfinite(zooms).all() and (zooms > 0).all()):
-        raise BadInput(f"{path}: its header has no voxel size; correct pixdim or the affine")
-    affines = (sform,) if qform is None else (sform, qform)
-    spacing = tuple(float(s) for s in zooms[::-1])
+    qform = file.header.get_qform(coded=True)[0]
+    affines = (file.affine,) if qform is None else (file.affine, qform)
 
     def read(a: int, b: int) -> np.ndarray:
         return voxels(path, lambda: file.dataobj[:, :, a:b]).T
 
-    return Volume(shape[::-1], read, spacing, affines, "".join(map(str, nib.aff2axcodes(sform))))
+    axes = "".join(map(str, nib.aff2axcodes(file.affine)))
+    return Volume(shape[::-1], read, tuple(sides[::-1].tolist()), affines, axes)
 
 
-def open_hdf5(path: Path, key: str) -> Volume:
-    """SSL4MIS: key is image or label; (Z,H,W), or one slice (H,W)."""
+def hdf5_file(path: Path):
     try:
         import h5py
     except ImportError:
         raise BadInput(f"{path}: HDF5 needs a package; pip install h5py") from None
-
-    def read(a: int, b: int) -> np.ndarray:
-        with h5py.File(path) as file:
-            return file[key][a:b] if file[key].ndim == 3 else file[key][()][None]
-
     try:
-        with h5py.File(path) as file:
-            shape = file[key].shape if key in file else None
+        return h5py.File(path)
     except Exception as error:  # a damaged file can make a library fail in any way
-        raise BadInput(f"{path}: no HDF5 ({reason(error)}); copy the file again") from None
+        raise BadInput(f"{path}: {fault(path, error)}") from None
+
+
+def open_hdf5(path: Path, key: str) -> Volume:
+    """SSL4MIS: key is image or label; (Z,H,W), or one slice (H,W)."""
+    with hdf5_file(path) as file:
+        shape = getattr(file.get(key), "shape", None)
     if shape is None:
         raise BadInput(f"{path}: has no array {key}; store one under that name")
     if len(shape) not in (2, 3) or 0 in shape:
         raise BadInput(f"{path}: {key} has shape {shape}, not (z, y, x) or (y, x); store it so")
-    shape = shape if len(shape) == 3 else (1, *shape)
-    return Volume(shape, lambda a, b: voxels(path, lambda: read(a, b)))
+
+    def read(a: int, b: int) -> np.ndarray:
+        with hdf5_file(path) as file:
+            return file[key][a:b] if len(shape) == 3 else file[key][()][None]
+
+    return Volume((1, *shape)[-3:], lambda a, b: voxels(path, lambda: read(a, b)))
 
 
 def open_slice(path: Path) -> Volume:
@@ -194,11 +211,15 @@ def open_slice(path: Path) -> Volume:
     from PIL import Image  # comes with matplotlib
 
     def read() -> np.ndarray:
-        return np.load(path) if path.suffix == ".npy" else np.asarray(Image.open(path))
+        if NPY.search(path.name):
+            with open(path, "rb") as file:
+                return np.lib.format.read_array(file)
+        image = Image.open(path)
+        return np.asarray(image.convert("RGB") if image.mode == "P" else image)
 
     shape = voxels(path, read).shape
     if len(shape) != 2:
-        raise BadInput(f"{path}: has shape {shape}; a gray slice (y, x) is needed")
+        raise BadInput(f"{path}: has shape {shape}; save it as one gray slice (y, x)")
     return Volume((1, *shape), lambda a, b: voxels(path, read)[None])
 
 
@@ -212,7 +233,8 @@ def open_volume(files: tuple[Path, ...], key: str = "image") -> Volume:
     shape = opened[0].shape[1:]
     for file, volume in zip(files, opened):
         if volume.shape != (1, *shape):
-            raise BadInput(f"{file}: has shape {volume.shape[1:]}, other slices {shape}")
+            differ = f"has shape {volume.shape[1:]}, other slices {shape}; give all one size"
+            raise BadInput(f"{file}: {differ}")
     return Volume((len(files), *shape),
                   lambda a, b: np.concatenate([volume.read(0, 1) for volume in opened[a:b]]))
 
@@ -228,18 +250,21 @@ def slabs(volume: Volume) -> Iterator[np.ndarray]:
 # -- Layouts: each lists the volumes below a folder ----------------------------------------------
 
 
-def listing(folder: Path) -> list[Path]:
+def listing(folder: Path | None) -> list[Path]:
     """The files below a folder, hidden ones left out; folders that are links are followed."""
     files, seen = [], set()
-    todo = [folder] if folder.is_dir() else []
+    todo = [folder] if folder else []
     while todo:
         place = todo.pop()
         if place.resolve() in seen:
-            raise BadInput(f"{place}: links go in a circle; remove the link")
+            raise BadInput(f"{place}: links lead here twice, or in a circle; remove one")
         seen.add(place.resolve())
         for entry in sorted(place.iterdir()):
-            if not entry.name.startswith("."):
-                (todo if entry.is_dir() and not NIFTI.search(entry.name) else files).append(entry)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink() and not entry.exists():
+                raise BadInput(f"{entry}: is a link to nothing; correct it, or remove it")
+            (todo if entry.is_dir() and not NIFTI.search(entry.name) else files).append(entry)
     return sorted(files)
 
 
@@ -252,9 +277,10 @@ def text(path: Path) -> str:
         return raw.decode("latin-1")
 
 
-def child(root: Path, *names: str) -> Path | None:
-    """The folder of one of these names, upper or lower case; None if there is none, or two."""
-    found = [f for f in sorted(root.iterdir()) if f.is_dir() and f.name.lower() in names]
+def child(root: Path | None, *names: str) -> Path | None:
+    """The folder of one of these names, upper or lower case; None if there is none."""
+    entries = sorted(root.iterdir()) if root else []
+    found = [entry for entry in entries if entry.is_dir() and entry.name.lower() in names]
     if len(found) > 1:
         listed = " and ".join(folder.name for folder in found)
         raise BadInput(f"{root}: {listed} hold the same kind of files; keep one of them")
@@ -275,18 +301,21 @@ def leave(files: list[Path], why: str) -> None:
         print(f"left alone, {why}: {len(files)} files ({names})")
 
 
+def of_kind(files: list[Path], ending: re.Pattern, kind: str) -> list[Path]:
+    """The files with this ending; the others are named and left alone."""
+    leave([file for file in files if not ending.search(file.name)], f"no {kind}")
+    return [file for file in files if ending.search(file.name)]
+
+
 def nifti_files(folder: Path | None) -> dict[str, Path]:
-    """Name below the folder, without ending -> file. What is no NIfTI is named and left alone."""
+    """Name below the folder, without ending -> file."""
     found: dict[str, Path] = {}
-    other = []
-    for file in listing(folder) if folder else []:
+    files = listing(folder)
+    for file in files:
         if FOREIGN.search(file.name):
             raise BadInput(f"{file}: is not NIfTI; convert it to .nii.gz")
-        if NIFTI.search(file.name):
-            add(found, NIFTI.sub("", text(file.relative_to(folder))), file)
-        else:
-            other.append(file)
-    leave(other, "no NIfTI")
+    for file in of_kind(files, NIFTI, "NIfTI"):
+        add(found, NIFTI.sub("", text(file.relative_to(folder))), file)
     return found
 
 
@@ -350,55 +379,55 @@ def acdc_layout(root: Path) -> list[Source]:
 
 def hdf5_layout(root: Path) -> list[Source]:
     """NAME.h5, or NAME_slice_K.h5 of each slice; a volume that is there whole is read whole."""
+    files = listing(root)
+    if not any(HDF5.search(file.name) for file in files):
+        return []
     found: dict[str, dict[int, Path]] = {}
-    other = []
-    for file in listing(root):
+    for file in of_kind(files, HDF5, "HDF5"):
         match = re.fullmatch(r"(.+?)(?:_slice_(\d+))?", HDF5.sub("", text(Path(file.name))))
-        if HDF5.search(file.name):
-            add(found.setdefault(match[1], {}), int(match[2] or -1), file)
-        else:
-            other.append(file)
+        add(found.setdefault(match[1], {}), int(match[2] or -1), file)
     sources = []
     for name, slices in found.items():
         order = [-1] if -1 in slices else sorted(slices)
         if len(order) > 1 and order[-1] - order[0] + 1 != len(order):
             raise BadInput(f"{slices[order[0]]}: other slices are missing; copy them again")
-        files = tuple(slices[k] for k in order)
-        open_hdf5(files[0], "image")  # h5py is there, and the file can be read
-        try:
-            open_hdf5(files[0], "label")
-            masks = files
-        except BadInput:  # no array of that name
-            masks = None
-        sources.append(Source(name, name.split("_frame")[0], files, masks))
-    leave(other if sources else [], "no HDF5")
+        images = tuple(slices[k] for k in order)
+        with hdf5_file(images[0]) as file:
+            masks = images if "label" in file else None
+        sources.append(Source(name, name.split("_frame")[0], images, masks))
     return sources
 
 
 def png_layout(root: Path) -> list[Source]:
     """The authors' tree. Their loader drops images without a mask, and puts slice 10 before 2."""
     sources = []
-    for folder in ("train-label", "train-unlabel", "val", "test"):
+    for part in ("train-label", "train-unlabel", "val", "test"):
+        folder = child(root, part)
+        masks: dict[str, Path] = {}
+        for file in of_kind(listing(child(folder, "mask", "masks")), NPY, "npy"):
+            add(masks, file.stem, file)
         volumes: dict[str, dict[int, Path]] = {}
-        images = listing(root / folder / "image")
+        images = of_kind(listing(child(folder, "image", "images")), PNG, "PNG")
         for file in images:
-            match = re.fullmatch(r"(.+?)_(?:slice_?)?(\d+)\.png", text(Path(file.name)), re.I)
+            match = re.fullmatch(r"(.+?)_(?:slice_?)?(\d+)", text(Path(file.stem)), re.I)
             if not match:
                 raise BadInput(f"{file}: name it like patient001_frame01_slice_1.png")
             add(volumes.setdefault(match[1], {}), int(match[2]), file)
-        masks = {file.stem: file for file in listing(root / folder / "mask")}
+            if part != "train-unlabel" and file.stem not in masks:
+                remedy = "add it, or move the image to train-unlabel"
+                raise BadInput(f"{file}: has no mask {file.stem}.npy; {remedy}")
         for stem in sorted(masks.keys() - {image.stem for image in images}):
             raise BadInput(f"{masks[stem]}: has no image of that name; add it, or remove the mask")
         for name, slices in volumes.items():
             files = tuple(slices[k] for k in sorted(slices))
-            needed = tuple(root / folder / "mask" / f"{f.stem}.npy" for f in files)
-            missing = [mask for mask in needed if mask not in masks.values()]
-            if missing and folder != "train-unlabel":
-                remedy = "add it, or move the image to train-unlabel"
-                raise BadInput(f"{missing[0]}: no such file; {remedy}")
-            labeled = None if folder == "train-unlabel" else needed
-            part = folder.split("-")[0]
-            sources.append(Source(name, name.split("_frame")[0], files, labeled, part))
+            if max(slices) - min(slices) + 1 != len(slices):
+                print(f"WARNING: {files[0]}: other slices are missing, numbers have gaps; its "
+                      "volume and distances come out too small")
+            labeled = None
+            if part != "train-unlabel":
+                labeled = tuple(masks[file.stem] for file in files)
+            sources.append(Source(name, name.split("_frame")[0], files, labeled,
+                                  part.split("-")[0]))
     return sources
 
 
@@ -455,7 +484,7 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
     elif any(s.part for s in sources if s.part != "test"):
         split = {part: list(dict.fromkeys(s.patient for s in sources if s.part == part))
                  for part in ("train", "val", "test")}
-    elif file.exists():
+    elif os.path.lexists(file):
         split = read_split(file, patients)
     else:
         test = list(dict.fromkeys(s.patient for s in sources if s.part == "test"))
@@ -475,9 +504,6 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
     for part, some in split.items():
         shown = " ".join(some[:8]) + (" ..." if len(some) > 8 else "")
         print(f"{part}: {len(some)} patients, {len(set(some) & set(masked))} with masks: {shown}")
-    if len(split["val"]) < 3:
-        print(f"WARNING: {len(split['val'])} validation patients choose the checkpoint; its score "
-              "may be luck; name more in split.txt")
     warn_of_stems(patients)
     return split
 
@@ -500,15 +526,18 @@ def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
     """Lines of PATIENT and train, val or test; # begins a comment."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise BadInput(f"{path}: {fault(path, error)}") from None
     except UnicodeDecodeError:
-        raise BadInput(f"{path}: is not UTF-8; save it as UTF-8") from None
+        lines = ["\0"]
     if any("\0" in line for line in lines):  # UTF-16 without its mark
         raise BadInput(f"{path}: is not UTF-8; save it as UTF-8")
     split: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for line in lines:
         words = line.split("#")[0].rsplit(None, 1)
         if words and (len(words) != 2 or words[1] not in split or words[0].strip() not in patients):
-            raise BadInput(f"{path}: {line!r} is not a patient of this set and train, val or test")
+            raise BadInput(f"{path}: {line[:60]!r} is not a patient of this set and train, val or "
+                           "test; correct it")
         if words:
             split[words[1]].append(words[0].strip())
     unlisted = sorted(set(patients) - set(sum(split.values(), [])))
@@ -522,49 +551,58 @@ def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
 
 def class_names(root: Path, text: str, how: str, sources: list[Source]) -> dict[str, int]:
     """Name of a class -> its value in the masks: of --classes, ACDC, or nnU-Net's dataset.json."""
-    names: dict[str, int] = {}
-    file = root / "dataset.json"
-    if text.isdigit():
-        words = ["background", *(f"class {k}" for k in range(1, int(text)))]
+    where = f"--classes {text}"
+    if text.isdecimal():
+        names = ["background", *(f"class {k}" for k in range(1, min(int(text), 256)))]
+        pairs = [(name, k) for k, name in enumerate(names)]
     elif text:
-        words = text.split(",")
+        words = [word.partition("=") for word in text.split(",")]
+        pairs = [(name, value or k) for k, (name, _, value) in enumerate(words)]
     elif how == "acdc":
-        words = data.CLASSES
-    elif file.exists():
-        words = nnunet_classes(file)
+        pairs = [(name, k) for k, name in enumerate(data.CLASSES)]
+    elif (root / "dataset.json").exists():
+        where = str(root / "dataset.json")
+        pairs = nnunet_classes(root / "dataset.json")
     else:
-        values = [f"{value:g}" for value in mask_values(sources)[:12]]
-        example = ",".join(["background=" + values[0], *[f"NAME={value}" for value in values[1:]]])
-        raise BadInput(f"--classes is needed: the masks hold {', '.join(values)}; name each, as in "
-                       f"--classes {example}")
-    for k, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name in names or not name or not (value or str(k)).isdigit():
-            raise BadInput(f"--classes {text}: {word!r} is twice, empty or no NAME=NUMBER")
-        names[name] = int(value or k)
-    if not 2 <= len(names) <= 255 or len(set(names.values())) < len(names):
-        raise BadInput(f"--classes {text}: give 2 to 255 names, each with a number of its own")
-    return names
+        raise BadInput(f"--classes is needed: the masks hold {mask_values(sources)}")
+    numbered = [pair for pair in pairs if pair[0] and re.fullmatch(r"\d{1,6}", str(pair[1]))]
+    labels = {name: int(value) for name, value in numbered}
+    if not 2 <= len(labels) <= 255 or not len(labels) == len(pairs) == len({*labels.values()}):
+        raise BadInput(f"{where}: give 2 to 255 classes, each NAME=NUMBER with both its own")
+    return labels
 
 
-def nnunet_classes(file: Path) -> list[str]:
+def nnunet_classes(file: Path) -> list[tuple[str, int]]:
     try:
         labels = json.loads(file.read_text(encoding="utf-8-sig"))["labels"]
-        if "background" in labels:  # nnU-Net's second version: name -> number
-            labels = {number: name for name, number in labels.items()}
-        numbered = {int(number): str(name) for number, name in labels.items()}
-        return [f"{numbered[k]}={k}" for k in sorted(numbered)]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        fault = f"has no labels as nnU-Net writes them ({reason(error)})"
-        raise BadInput(f"{file}: {fault}; correct it, or give --classes") from None
+        pairs = list(labels.items())
+        if "background" not in labels:  # nnU-Net's first version: number -> name
+            pairs = [(name, number) for number, name in pairs]
+        return sorted([(str(name), int(str(number))) for name, number in pairs],
+                      key=lambda pair: pair[1])
+    except Exception:  # a damaged file can fail in any way
+        remedy = "correct it, or give --classes"
+        raise BadInput(f"{file}: has no labels as nnU-Net writes them; {remedy}") from None
 
 
-def mask_values(sources: list[Source]) -> list[float]:
+def mask_values(sources: list[Source]) -> str:
+    """What the masks hold, and what to do with it."""
     values: set[float] = set()
     for source in [s for s in sources if s.masks]:
         for slab in slabs(open_volume(source.masks, "label")):
-            values |= set(np.unique(slab).tolist())
-    return sorted(values)
+            values |= set(np.unique(snapped(slab)).tolist())
+    shown = [f"{value:.9g}" for value in sorted(values)]
+    listed = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
+    if not all(map(str.isdecimal, shown)) or len(shown) > 12:
+        return f"{listed}; change them to whole numbers from 0 on, one for each class"
+    example = ",".join(["background=" + shown[0], *[f"NAME={value}" for value in shown[1:]]])
+    return f"{listed}; name each, as in --classes {example}"
+
+
+def snapped(slab: np.ndarray) -> np.ndarray:
+    """Labels that are nearly whole are whole: a mask saved with a scale factor has 0.9999999."""
+    whole = np.rint(slab)
+    return np.where(np.abs(slab - whole) <= 1e-3, whole, slab)
 
 
 def mask_slabs(source: Source, image: Volume, values: list[int]) -> Iterator[np.ndarray]:
@@ -584,15 +622,16 @@ def mask_slabs(source: Source, image: Volume, values: list[int]) -> Iterator[np.
         raise BadInput(f"{path}: has shape {shapes}; they must be equal")
     order = np.argsort(values)
     ordered = np.array(values)[order]
-    for slab in slabs(mask):
-        whole = np.rint(slab)
-        place = np.searchsorted(ordered, whole).clip(max=len(values) - 1)
-        # Not exactly: a mask saved with a scale factor has 0.9999999 for 1.
-        wrong = slab[(ordered[place] != whole) | (np.abs(slab - whole) > 1e-3)]
+    listed = ", ".join(map(str, values))
+    for slab in map(snapped, slabs(mask)):
+        place = np.searchsorted(ordered, slab).clip(max=len(values) - 1)
+        wrong = slab[ordered[place] != slab]
         if len(wrong):
-            listed = ", ".join(map(str, values))
-            raise BadInput(f"{path}: label value {wrong[0]:.9g} is not one of {listed}; change the "
-                           f"mask, or name the value: --classes background=0,NAME={wrong[0]:.9g}")
+            value = f"{wrong[0]:.9g}"
+            remedy = "change the mask, to whole numbers from 0 on"
+            if value.isdecimal():
+                remedy = f"change the mask, or name the value: --classes background=0,NAME={value}"
+            raise BadInput(f"{path}: label value {value} is not one of {listed}; {remedy}")
         yield order[place].astype(np.uint8)
 
 
@@ -601,6 +640,9 @@ def write(sources: list[Source], folder: Path, values: list[int], window, bits: 
     N = sum(open_volume(source.images).shape[0] for source in sources)
     kind = np.uint8 if bits == 8 else np.float16
     size = (N, data.GRID, data.GRID)
+    needed = (np.dtype(kind).itemsize + 1) * N * data.GRID**2  # where they miss, the process dies
+    if shutil.disk_usage(folder).free < needed:
+        raise BadInput(f"--out: needs {needed / 2**30:.3f} GB; make room, or name another disk")
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", kind, size)
     masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, size)
     (folder / "masks").mkdir()
@@ -631,29 +673,33 @@ def write(sources: list[Source], folder: Path, values: list[int], window, bits: 
 
 
 def prepare(args: argparse.Namespace) -> None:
+    if args.seed < 0:
+        raise BadInput(f"--seed {args.seed}: must be 0 or more")
     if args.out.exists():
         raise BadInput(f"--out {args.out}: already exists; not overwriting")
     sources = find(args.source, args.patient)
-    labels = class_names(args.source, args.classes, args.split, sources)
     split = make_split(args.source, sources, args.split, args.seed)
+    labels = class_names(args.source, args.classes, args.split, sources)
     others = [s.images[0] for s in sources if s.patient not in sum(split.values(), [])]
     leave(others, "of patients that the split does not name")
     sources = [s for s in sources if s.patient in sum(split.values(), [])]
     window = None
     if args.window:
         try:
-            low, high = (float(word) for word in args.window.split(","))
+            window = tuple(float(word) for word in args.window.split(","))
+            low, high = window
         except ValueError:
             low, high = 0.0, 0.0
-        if not low < high:
+        if not 0 < high - low < math.inf:
             raise BadInput(f"--window={args.window}: give two numbers, like --window=-1000,400")
-        window = (low, high)
     crop = args.eval_crop or (data.EVAL_CROP if args.split == "acdc" else data.GRID)
     if crop % 16 or not 16 <= crop <= data.GRID:
         raise BadInput(f"--eval-crop {crop}: must be a multiple of 16, at most {data.GRID}")
+    most = len({s.patient for s in sources if s.masks} & set(split["train"]))
+    if not 0 <= args.labeled <= most:
+        raise BadInput(f"--labeled {args.labeled}: must be 1 to {most}, all that have masks")
+    labeled = args.labeled or (7 if args.split == "acdc" else most)
     warn_of_axes(sources)
-    masked = {s.patient for s in sources if s.masks}
-    labeled = args.labeled or (7 if args.split == "acdc" else len(masked & set(split["train"])))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as temporary:
         folder = Path(temporary, "set")
@@ -673,14 +719,19 @@ def prepare(args: argparse.Namespace) -> None:
 def warn_of_axes(sources: list[Source]) -> None:
     """Arrays are used as stored: slices along the last axis, all volumes in one orientation."""
     axes: Counter[str] = Counter()
+    odd = []
     for source in sources:
         volume = open_volume(source.images)
         axes[volume.axes] += 1
         spacing, shape = volume.spacing[::-1], volume.shape[::-1]  # (x,y,z)
-        thick = int(np.argmax(spacing))
-        if spacing[thick] > 1.5 * spacing[2] or (1 in shape[:2] and shape[2] > 1):
-            print(f"WARNING: {source.images[0]}: slices seem to lie along another axis than the "
-                  f"last (shape {shape}, spacing {spacing}); store them along the last")
+        if max(spacing) > 1.5 * spacing[2]:
+            odd.append((source.images[0], "xyz"[int(np.argmax(spacing))], shape, spacing))
+        elif 8 * min(shape[:2]) < shape[2]:
+            odd.append((source.images[0], "xyz"[int(np.argmin(shape))], shape, spacing))
+    if odd:
+        file, axis, shape, spacing = odd[0]
+        print(f"WARNING: {file}: slices seem to lie along its axis {axis} (shape {shape}, spacing "
+              f"{spacing}), and so in {len(odd)} volumes; store them along the last, z")
     if len(axes) > 1:
         found = ", ".join(f"{n} {name}" for name, n in axes.items())
         print(f"WARNING: volumes are stored in different orientations ({found}); store them alike")

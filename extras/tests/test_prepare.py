@@ -300,7 +300,7 @@ def spoil_voxel_size(root):
     (spoil_orphan, "labels/p1.nii.gz: has no image of that name"),
     (spoil_split, "does not name p1 p2 p3 p4 p5; add a line for each"),
     (spoil_encoding, "split.txt: is not UTF-8; save it as UTF-8"),
-    (spoil_circle, "links go in a circle; remove the link"),
+    (spoil_circle, "links lead here twice, or in a circle; remove one"),
     (spoil_voxel_size, "p1.nii.gz: its header has no voxel size; correct pixdim or the affine"),
 ])
 def test_bad_input_is_one_line_with_its_remedy(pairs, capsys, spoil, said):
