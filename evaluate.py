@@ -186,10 +186,10 @@ def score_run(run: Path, part: str, device: torch.device, root: str = "", unit: 
     network, post_process, names = model.predict, None, []
     if any(beyond.values()):
         network, post_process, names = extra("predict").extended(model, saved, beyond)
-    if extra("checks"):
-        extra("checks").same_volumes(saved, dataset, part)
     names += [unit] if unit else []
     path = run / f"{'-'.join([part, *names])}.csv"
+    if extra("checks"):
+        extra("checks").before_scoring(saved, dataset, part, path)
     rows = evaluate(network, dataset, part, device, post_process=post_process)
     report(path, rows, saved, dataset.unit, ", ".join(names) or PROTOCOL)
     if not names and extra("figures"):
@@ -207,12 +207,12 @@ def command(name: str, run, remedy: str) -> None:
             stream.reconfigure(errors="backslashreplace")  # of letters that it does not have
     try:
         run()
+    except (KeyboardInterrupt, BrokenPipeError):  # of `| head`
+        sys.exit(f"{name}: stopped; a training continues with --resume RUN")
     except (BadInput, OSError, FloatingPointError, ImportError) as error:
         end = f"; {remedy}" if isinstance(error, OSError) else ""
         print(f"{name}: {error}{end}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped; a training continues with --resume RUN")
 
 def save(path: Path, state: dict) -> None:
     """Whole or not at all: a crash while writing leaves the previous file."""
@@ -233,7 +233,7 @@ def load_run(run: Path, device: torch.device, name: str = "best.pt", **into) -> 
             module.load_state_dict(saved[part])
     except Exception as error:  # a foreign file can fail in any way
         fault = f"no checkpoint of this version ({type(error).__name__})"
-        raise BadInput(f"{path}: {fault}; give a run folder of train.py") from None
+        raise BadInput(f"{path}: {fault}; give a run folder of train.py, readable") from None
     return model.eval(), saved
 
 def join_processes(name: str) -> tuple[int, int, torch.device]:

@@ -276,7 +276,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
             for f in [f for f in fields(Settings) if f.metadata["choices"]]:
                 f.metadata["choices"].index(base[f.name])  # an error where it is none of them
         except Exception:  # a damaged file can fail in any way
-            raise BadInput(f"--resume {given['resume']}: holds no run; start one") from None
+            raise BadInput(f"--resume {given['resume']}: no readable run; start one") from None
         for name in given.keys() - {"resume", "root", "device"}:
             if given[name] != base[name]:
                 values = f"{given[name]}: RUN began with {base[name]}; leave it out"

@@ -7,6 +7,7 @@ Of an untrained network they say nothing, so they go into a hidden folder that i
 
 import io
 import json
+import os
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -59,6 +60,21 @@ def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, de
     except OSError as error:
         remedy = "allow it, or begin in another folder with --out"
         raise BadInput(f"{run}: cannot be written ({error.strerror or error}); {remedy}") from None
+
+
+def before_scoring(saved: dict, dataset: Dataset, part: str, table: Path) -> None:
+    """Raises now what would be raised when all volumes are scored. table: the file to write."""
+    same_volumes(saved, dataset, part)
+    writable(table, "allow it, or copy RUN to where you may write")
+
+
+def writable(path: Path, remedy: str) -> None:
+    """Raises where a file or a folder cannot be written, or cannot be made."""
+    place = path
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK) or not (place == path or place.is_dir()):
+        raise BadInput(f"{path}: {place} cannot be written; {remedy}")
 
 
 def rehearse(folder: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):

@@ -46,10 +46,15 @@ def show(axis, image, mask=None, classes: int = 4, aspect: float = 1.0) -> None:
                     aspect=aspect, interpolation="nearest")
 
 
+def printable(name: str) -> str:
+    """Without bytes that are no letters, which a picture cannot have."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def legend(figure: Figure, labels: list[str]) -> None:
     """The names of the classes below the figure."""
     colors = [COLORS[k % len(COLORS)] for k in range(len(labels) - 1)]
-    patches = [Patch(color=color, label=name) for color, name in zip(colors, labels[1:])]
+    patches = [Patch(color=color, label=printable(name)) for color, name in zip(colors, labels[1:])]
     figure.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8)
 
 
@@ -77,7 +82,7 @@ def draw_predictions(path: Path, model: VQSeg, dataset: Dataset, part: str, rows
         crop = dataset.eval_crop
         found = evaluate.predict(model.predict, images, case.shape[1:], crop, device)
         volumes = [None, data.read_mask(case, len(dataset.labels)), found]
-        title = f"{case.name}: Dice {dice[case.name].mean():.3f}"
+        title = f"{printable(case.name)}: Dice {dice[case.name].mean():.3f}"
         axes[0, 3 * group + 1].set_title(title, fontsize=9)
         for column, z in enumerate((depth // 5, depth // 2, depth - 1 - depth // 5), 3 * group):
             for axis, volume in zip(axes[:, column], volumes):

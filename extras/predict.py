@@ -29,6 +29,7 @@ import data
 import evaluate
 from data import BadInput
 from evaluate import Model
+from extras.checks import writable
 from extras.figures import Figure, legend, show
 from extras.prepare import FOREIGN, NIFTI, leave, listing, load_nifti, voxels
 from model import VQSeg
@@ -260,6 +261,7 @@ def predict_all(args: argparse.Namespace) -> None:
     if several and args.probabilities:
         raise BadInput("--probabilities: needs a single scan; give a file as --scan")
     pairs = pair_files(args.scan, args.out)
+    writable(args.out if several else args.out.parent, "allow it, or change --out")
     device = evaluate.join_processes(args.device)[2]
     models, saved = load_runs(args.runs, device)
     model = with_tta(mean_of(models)) if args.tta else mean_of(models)

@@ -268,9 +268,9 @@ def listing(folder: Path | None) -> list[Path]:
     return sorted(files)
 
 
-def text(path: Path) -> str:
-    """A path as text. Names that are not UTF-8, as from old zip files, are taken for Latin-1."""
-    raw = os.fsencode(path.as_posix())
+def text(name: str) -> str:
+    """Names that are not UTF-8, as from old zip files, are taken for Latin-1."""
+    raw = os.fsencode(name)
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -315,7 +315,7 @@ def nifti_files(folder: Path | None) -> dict[str, Path]:
         if FOREIGN.search(file.name):
             raise BadInput(f"{file}: is not NIfTI; convert it to .nii.gz")
     for file in of_kind(files, NIFTI, "NIfTI"):
-        add(found, NIFTI.sub("", text(file.relative_to(folder))), file)
+        add(found, NIFTI.sub("", text(file.relative_to(folder).as_posix())), file)
     return found
 
 
@@ -384,7 +384,7 @@ def hdf5_layout(root: Path) -> list[Source]:
         return []
     found: dict[str, dict[int, Path]] = {}
     for file in of_kind(files, HDF5, "HDF5"):
-        match = re.fullmatch(r"(.+?)(?:_slice_(\d+))?", HDF5.sub("", text(Path(file.name))))
+        match = re.fullmatch(r"(.+?)(?:_slice_(\d+))?", HDF5.sub("", text(file.name)))
         add(found.setdefault(match[1], {}), int(match[2] or -1), file)
     sources = []
     for name, slices in found.items():
@@ -409,7 +409,7 @@ def png_layout(root: Path) -> list[Source]:
         volumes: dict[str, dict[int, Path]] = {}
         images = of_kind(listing(child(folder, "image", "images")), PNG, "PNG")
         for file in images:
-            match = re.fullmatch(r"(.+?)_(?:slice_?)?(\d+)", text(Path(file.stem)), re.I)
+            match = re.fullmatch(r"(.+?)_(?:slice_?)?(\d+)", text(file.stem), re.I)
             if not match:
                 raise BadInput(f"{file}: name it like patient001_frame01_slice_1.png")
             add(volumes.setdefault(match[1], {}), int(match[2]), file)
@@ -679,7 +679,7 @@ def prepare(args: argparse.Namespace) -> None:
         raise BadInput(f"--out {args.out}: already exists; not overwriting")
     sources = find(args.source, args.patient)
     split = make_split(args.source, sources, args.split, args.seed)
-    labels = class_names(args.source, args.classes, args.split, sources)
+    labels = class_names(args.source, text(args.classes), args.split, sources)
     others = [s.images[0] for s in sources if s.patient not in sum(split.values(), [])]
     leave(others, "of patients that the split does not name")
     sources = [s for s in sources if s.patient in sum(split.values(), [])]
@@ -709,8 +709,8 @@ def prepare(args: argparse.Namespace) -> None:
         about = {"labels": [*labels], "split": split, "labeled": labeled, "eval_crop": crop,
                  "unit": "voxels" if args.split == "acdc" else "mm", "window": window,
                  "cases": cases}
-        text = json.dumps(about, indent=1) + "\n"
-        (folder / "dataset.json").write_text(text, encoding="utf-8")
+        record = json.dumps(about, indent=1) + "\n"
+        (folder / "dataset.json").write_text(record, encoding="utf-8")
         shutil.move(folder, args.out)  # whole or not at all
     slices = sum(case["shape"][0] for case in cases)
     print(f"wrote {args.out}: {len(cases)} volumes, {slices} slices, classes {', '.join(labels)}")

@@ -457,7 +457,7 @@ def test_resume_takes_the_runs_own_flags(finished):
 def test_resume_of_a_folder_without_a_run_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BadInput, match="--resume .* holds no run; start one"):
+        with pytest.raises(BadInput, match="--resume .* no readable run; start one"):
             train.read_settings(["--resume", str(folder)])
 
 

@@ -341,7 +341,7 @@ def test_slices_along_another_axis_are_warned_of(pairs, capsys):
     for place, array in (("images", image), ("labels", mask)):
         save(pairs / place / "p0.nii.gz", array, np.diag([8.0, 1.5, 1.5, 1.0]))
     run(pairs)
-    assert "slices seem to lie along another axis" in capsys.readouterr().out
+    assert "slices seem to lie along its axis x" in capsys.readouterr().out
 
 
 def test_visits_that_look_like_one_patient_are_warned_of(pairs, capsys):
