@@ -601,7 +601,7 @@ def mask_values(sources: list[Source]) -> str:
 
 def snapped(slab: np.ndarray) -> np.ndarray:
     """Labels that are nearly whole are whole: a mask saved with a scale factor has 0.9999999."""
-    whole = np.rint(slab)
+    whole = np.rint(slab) + 0.0  # of -0.0 it makes 0.0
     return np.where(np.abs(slab - whole) <= 1e-3, whole, slab)
 
 

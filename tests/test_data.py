@@ -75,6 +75,13 @@ def test_each_frame_lands_in_its_rows_slices_first_and_transposed(acdc):
     assert torch.equal(dataset.masks[rows], data.to_grid(torch.from_numpy(mask.T.copy())))
 
 
+@pytest.mark.parametrize("ending", ["NII.GZ", "Nii.gz"])
+def test_the_case_of_an_ending_does_not_matter(acdc, ending):
+    for file in sorted(acdc.rglob("patient001*.nii.gz")):
+        file.rename(file.with_name(file.name.replace("nii.gz", ending)))
+    assert len(load(acdc).cases) == 6
+
+
 def test_spacing_is_the_headers_and_not_the_unit_scales_of_the_affine(acdc):
     assert load(acdc).cases[0].spacing == pytest.approx((9.0, 1.3, 1.4))
 

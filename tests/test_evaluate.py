@@ -247,6 +247,21 @@ def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
     assert found.returncode == 2 and found.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("error, status, said", [
+    (BadInput("a\nb: is bad; mend it"), 2, "x: a b: is bad; mend it\n"),
+    (PermissionError(13, "denied", "runs"), 2, "x: [Errno 13] denied: 'runs'; change --out\n"),
+    (FloatingPointError("not finite"), 2, "x: not finite\n"),
+    (BrokenPipeError(32, "Broken pipe"), "x: stopped; a training continues with --resume RUN", ""),
+    (KeyboardInterrupt(), "x: stopped; a training continues with --resume RUN", "")])
+def test_what_its_user_can_correct_is_one_line(capsys, error, status, said):
+    def run():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.command("x", run, "change --out")
+    assert (stopped.value.code, capsys.readouterr().err) == (status, said)
+
+
 def window() -> list[dict]:
     indices = torch.tensor([[0, 1], [1, 1]])
     return [{"loss": torch.tensor(1.0), "indices": indices},

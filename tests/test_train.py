@@ -461,6 +461,25 @@ def test_resume_of_a_folder_without_a_run_is_refused(tmp_path, content):
             train.read_settings(["--resume", str(folder)])
 
 
+@pytest.mark.parametrize("name, value", [("perturb", "x"), ("encoder", "conv1"), ("steps", "a"),
+                                         ("seed", None), ("width", [4])])
+def test_resume_of_a_damaged_record_is_refused(finished, tmp_path, name, value):
+    record = json.loads((finished[0] / "config.json").read_text())
+    record["settings"][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(BadInput, match="no readable run; start one"):
+        train.read_settings(["--resume", str(tmp_path)])
+
+
+def test_resume_of_a_record_that_does_not_fit_the_checkpoint_is_refused(finished, tmp_path):
+    record = json.loads((finished[0] / "config.json").read_text())
+    record["settings"]["codebook_size"] = 99
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes())
+    with pytest.raises(BadInput, match="last.pt: no checkpoint of this version"):
+        train.train(train.read_settings(["--resume", str(tmp_path)]))
+
+
 def test_resume_refuses_a_flag_that_contradicts_the_run(finished):
     with pytest.raises(BadInput, match="--eps 0.1: RUN began with 0.7; leave it out"):
         train.read_settings(["--resume", str(finished[0]), "--eps", "0.1"])

@@ -76,3 +76,92 @@ def test_a_run_folder_that_cannot_be_written_is_refused(begin, hearts, tmp_path,
     monkeypatch.setattr(checks.tempfile, "TemporaryDirectory", full)
     with pytest.raises(BadInput, match="cannot be written .No space left on device.*--out"):
         begin(hearts)
+
+
+# -- Prepared sets and records that were damaged -------------------------------------------------
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A set of two labeled patients as `extras.prepare` writes it: its record, to be changed."""
+    np.save(tmp_path / "images.npy", np.zeros((4, 240, 240), np.float16))
+    np.save(tmp_path / "masks.npy", np.ones((4, 240, 240), np.uint8))
+    cases = [{"name": name, "patient": name, "shape": [2, 4, 5], "spacing": [9, 1, 1],
+              "mask": "masks/1.nii.gz", "first": first} for name, first in (("a", 0), ("b", 2))]
+    return {"labels": ["background", "heart"], "split": {"train": ["a"], "val": ["b"], "test": []},
+            "labeled": 1, "eval_crop": 240, "window": None, "unit": "mm", "cases": cases}
+
+
+def test_a_prepared_set_as_it_was_written_is_opened(prepared, tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps(prepared))
+    assert len(data.load(str(tmp_path)).cases) == 2
+
+
+@pytest.mark.parametrize("key, value", [
+    ("labels", None), ("labels", "ab"), ("labels", [1, 2]), ("labels", ["a", "a"]),
+    ("split", None), ("split", {"train": ["a"], "val": ["b"]}), ("labeled", 0), ("labeled", "1"),
+    ("split", {"train": ["a", "a"], "val": ["b"], "test": []}), ("eval_crop", 17),
+    ("eval_crop", "240"), ("window", [1]), ("window", [1, 1]), ("unit", "km"), ("cases", {}),
+    ("cases", None), ("more", 1)])
+def test_a_record_of_a_set_that_was_changed_is_one_line(prepared, tmp_path, key, value):
+    (tmp_path / "dataset.json").write_text(json.dumps(prepared | {key: value}))
+    with pytest.raises(BadInput, match="damaged .*; run extras.prepare again"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("name", 3), ("patient", None), ("shape", [2, 4]), ("shape", [-2, 4, 5]), ("shape", "abc"),
+    ("shape", [300, 4, 5]), ("shape", [2.0, 4.0, 5.0]), ("spacing", None), ("spacing", [0, 1, 1]),
+    ("first", -1), ("first", 0.0), ("first", 99), ("mask", 5)])
+def test_a_case_of_a_set_that_was_changed_is_one_line(prepared, tmp_path, key, value):
+    prepared["cases"][0][key] = value
+    (tmp_path / "dataset.json").write_text(json.dumps(prepared))
+    with pytest.raises(BadInput, match="damaged .*; run extras.prepare again"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name, array", [
+    ("images", np.zeros((3, 240, 240), np.float16)), ("images", np.zeros((4, 100, 100), "f2")),
+    ("images", np.zeros((4, 240, 240), np.uint16)), ("masks", np.zeros((2, 240, 240), np.uint8)),
+    ("masks", np.zeros((4, 240, 240), np.float32))])
+def test_arrays_of_another_set_are_one_line(prepared, tmp_path, name, array):
+    (tmp_path / "dataset.json").write_text(json.dumps(prepared))
+    np.save(tmp_path / f"{name}.npy", array)
+    with pytest.raises(BadInput, match=f"{name}.npy does not fit the rest"):
+        data.load(str(tmp_path))
+
+
+def test_a_mask_value_that_is_no_class_is_refused_before_training(hearts):
+    with pytest.raises(BadInput, match="masks.npy: holds the value 9; run extras.prepare again"):
+        checks.warn(hearts._replace(masks=hearts.masks.clamp(min=9)), 3)
+
+
+@pytest.mark.parametrize("record", [
+    {"split": None, "volumes": {"a": ["a", 1, 2, 3]}}, {"split": {"val": []}, "volumes": []},
+    {"split": {"val": []}, "volumes": {"a": []}}, {"split": {"val": None}, "volumes": {"a": [1]}}])
+def test_a_record_of_a_run_that_was_damaged_is_one_line(hearts, record):
+    with pytest.raises(BadInput, match="config.json: its volumes or split are damaged; begin"):
+        checks.same_volumes(record, hearts, "val")
+
+
+# -- Places that cannot be written ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, allowed", [("new/run", True), ("new/run", False), ("file", True),
+                                           ("file", False), ("file/run", True)])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch, name, allowed):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: allowed)
+    if allowed and name != "file/run":
+        checks.writable(tmp_path / name, "change --out")
+    else:
+        with pytest.raises(BadInput, match="cannot be written; change --out"):
+            checks.writable(tmp_path / name, "change --out")
+
+
+def test_a_table_that_cannot_be_written_stops_the_scoring_before_it(hearts, tmp_path, monkeypatch):
+    saved = {"split": hearts.split}
+    checks.before_scoring(saved, hearts, "val", tmp_path / "val.csv")
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
+    with pytest.raises(BadInput, match="val.csv: .* cannot be written; allow it, or copy RUN"):
+        checks.before_scoring(saved, hearts, "val", tmp_path / "val.csv")

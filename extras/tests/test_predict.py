@@ -15,6 +15,7 @@ import train
 from data import BadInput
 from extras import predict
 from extras.predict import draw
+from extras.prepare import load_nifti
 
 CPU = torch.device("cpu")
 SAVED = {"labels": ["background", "dark", "bright"], "window": None, "eval_crop": data.GRID}
@@ -30,6 +31,13 @@ def by_brightness(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([0.25 - x, 0.25 - (x - 0.5).abs(), x - 0.75], 1) * 50
 
 
+def write(image: nib.Nifti1Image, path) -> None:
+    """By nib.save, which writes another name where an ending is half upper case."""
+    plain = path.with_name(path.name.lower())
+    nib.save(image, plain)
+    plain.rename(path)
+
+
 def save_scan(path, voxels=TRUTH * 100, affine=OBLIQUE, dtype="<i2", zooms=(), slope=(1, 0)):
     image = nib.Nifti1Image(voxels.astype(dtype), affine, nib.Nifti1Header(endianness=dtype[0]))
     image.header.set_data_dtype(dtype)
@@ -39,14 +47,14 @@ def save_scan(path, voxels=TRUTH * 100, affine=OBLIQUE, dtype="<i2", zooms=(), s
     if zooms:
         image.header.set_zooms(zooms)
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(image, path)
-    return nib.load(path)
+    write(image, path)
+    return load_nifti(path)[0]
 
 
 def segment(scan, out, saved=SAVED, **options):
     """The output of a model by brightness, and its voxels (x,y,z)."""
     predict.predict_file(by_brightness, saved, scan, out, CPU, **options)
-    file = nib.load(out)
+    file = load_nifti(out)[0]
     return file, np.asarray(file.dataobj)
 
 
@@ -85,7 +93,7 @@ def runs(tmp_path_factory):
 # -- Geometry
 
 
-@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "SCAN.NII.GZ"])
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "SCAN.NII.GZ", "Scan.Nii.gz"])
 def test_labels_lie_where_the_scan_shows_them(tmp_path, name):
     save_scan(tmp_path / name)
     assert np.array_equal(segment(tmp_path / name, tmp_path / "out" / name)[1], TRUTH)
@@ -153,6 +161,27 @@ def test_a_run_segments_a_scan_as_its_evaluation_does(runs, tmp_path, monkeypatc
 def test_milliliters_are_voxels_times_their_size():
     found = [np.array([[[0, 1, 1, 2]]]), np.array([[[0, 0, 1, 0]]])]
     assert predict.milliliters(found, 500.0, ["bg", "RV", "LV"]) == "RV 1.0 0.5 ml, LV 0.5 0.0 ml"
+
+
+@pytest.mark.parametrize("pixdim", [(0, 0, 0), (1, 1, 1), (np.nan, 2, 8)])
+def test_milliliters_take_the_affine_where_the_header_has_no_voxel_size(tmp_path, pixdim):
+    save_scan(tmp_path / "a.nii", affine=np.diag([1.0, 2, 8, 1]))
+    raw = bytearray((tmp_path / "a.nii").read_bytes())
+    raw[80:92] = np.array(pixdim, "<f4").tobytes()
+    (tmp_path / "a.nii").write_bytes(raw)
+    found = predict.predict_file(by_brightness, SAVED, tmp_path / "a.nii", tmp_path / "o.nii", CPU)
+    dark, bright = ((TRUTH == k).sum() * 0.016 for k in (1, 2))
+    assert found == f"dark {dark:.1f} ml, bright {bright:.1f} ml"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_a_scan_is_read(tmp_path, call,
+                                                                         monkeypatch):
+    save_scan(tmp_path / "in" / "a.nii")
+    monkeypatch.setattr("extras.checks.os.access", lambda path, mode: False)
+    monkeypatch.setattr(predict, "read_scan", None)
+    for scan, out in (("in", "out"), ("in/a.nii", "out/a.nii")):
+        status, _, err = call("--scan", tmp_path / scan, "--out", tmp_path / out)
+        assert status == 2 and "cannot be written; allow it, or change --out" in err
 
 
 def test_the_picture_shows_six_slices_in_mm_proportions(tmp_path, monkeypatch):
