@@ -47,8 +47,8 @@ def show(axis, image, mask=None, classes: int = 4, aspect: float = 1.0) -> None:
 
 
 def printable(name: str) -> str:
-    """Without bytes that are no letters, which a picture cannot have."""
-    return name.encode(errors="backslashreplace").decode()
+    """A name without bytes that are no letters, and its dollars no formula."""
+    return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def legend(figure: Figure, labels: list[str]) -> None:

@@ -182,10 +182,10 @@ def open_nifti(path: Path) -> Volume:
 def hdf5_file(path: Path):
     try:
         import h5py
+
+        return h5py.File(path)
     except ImportError:
         raise BadInput(f"{path}: HDF5 needs a package; pip install h5py") from None
-    try:
-        return h5py.File(path)
     except Exception as error:  # a damaged file can make a library fail in any way
         raise BadInput(f"{path}: {fault(path, error)}") from None
 
@@ -477,17 +477,15 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
     """train, val, test -> patients, in train those with masks first."""
     patients = list(dict.fromkeys(s.patient for s in sources))
     masked = [p for p in patients if any(s.masks for s in sources if s.patient == p)]
-    file = root / "split.txt"
+    split = {part: list(dict.fromkeys(s.patient for s in sources if s.part == part))
+             for part in ("train", "val", "test")}
     if how == "acdc":
-        split = {k: [f"patient{n}" for n in v] for k, v in data.ACDC_SPLIT.items()}
-        split = {k: [p for p in v if p in patients] for k, v in split.items()}
-    elif any(s.part for s in sources if s.part != "test"):
-        split = {part: list(dict.fromkeys(s.patient for s in sources if s.part == part))
-                 for part in ("train", "val", "test")}
-    elif os.path.lexists(file):
-        split = read_split(file, patients)
-    else:
-        test = list(dict.fromkeys(s.patient for s in sources if s.part == "test"))
+        names = {part: [f"patient{n}" for n in data.ACDC_SPLIT[part]] for part in split}
+        split = {part: [p for p in names[part] if p in patients] for part in split}
+    elif not split["train"] + split["val"] and os.path.lexists(root / "split.txt"):
+        split = read_split(root / "split.txt", patients)
+    elif not split["train"] + split["val"]:
+        test = split["test"]
         pool = sorted(set(masked) - set(test))
         order = np.random.default_rng(seed).permutation(pool).tolist()
         val = max(1, round(0.1 * len(order)))
@@ -525,15 +523,15 @@ def warn_of_stems(patients: list[str]) -> None:
 def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
     """Lines of PATIENT and train, val or test; # begins a comment."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        content = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BadInput(f"{path}: {fault(path, error)}") from None
     except UnicodeDecodeError:
-        lines = ["\0"]
-    if any("\0" in line for line in lines):  # UTF-16 without its mark
+        content = "\0"
+    if "\0" in content:  # UTF-16 without its mark
         raise BadInput(f"{path}: is not UTF-8; save it as UTF-8")
     split: dict[str, list[str]] = {"train": [], "val": [], "test": []}
-    for line in lines:
+    for line in content.splitlines():
         words = line.split("#")[0].rsplit(None, 1)
         if words and (len(words) != 2 or words[1] not in split or words[0].strip() not in patients):
             raise BadInput(f"{path}: {line[:60]!r} is not a patient of this set and train, val or "
@@ -680,16 +678,16 @@ def prepare(args: argparse.Namespace) -> None:
     sources = find(args.source, args.patient)
     split = make_split(args.source, sources, args.split, args.seed)
     labels = class_names(args.source, text(args.classes), args.split, sources)
-    others = [s.images[0] for s in sources if s.patient not in sum(split.values(), [])]
+    listed = {*sum(split.values(), [])}
+    others = [source.images[0] for source in sources if source.patient not in listed]
     leave(others, "of patients that the split does not name")
-    sources = [s for s in sources if s.patient in sum(split.values(), [])]
+    sources = [source for source in sources if source.patient in listed]
     window = None
     if args.window:
         try:
-            window = tuple(float(word) for word in args.window.split(","))
-            low, high = window
+            low, high = window = [float(word) for word in args.window.split(",")]
         except ValueError:
-            low, high = 0.0, 0.0
+            low = high = 0.0
         if not 0 < high - low < math.inf:
             raise BadInput(f"--window={args.window}: give two numbers, like --window=-1000,400")
     crop = args.eval_crop or (data.EVAL_CROP if args.split == "acdc" else data.GRID)

@@ -201,6 +201,12 @@ def test_the_picture_shows_six_slices_in_mm_proportions(tmp_path, monkeypatch):
     assert np.array_equal(np.array(masks).T, TRUTH[..., [0, 1, 2, 4, 5, 6]])
 
 
+@pytest.mark.parametrize("name", ["\udcc5\udc81eft", "\ud800", "\u0141", "$x_$", "a\nb", ""])
+def test_a_class_of_any_name_can_be_drawn(tmp_path, name):
+    draw(tmp_path / "a.png", np.zeros((2, 8, 8)), TRUTH[:8, :8, :2].T, ["background", name], 1.0)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 # -- Ensembles, probabilities, test-time augmentation, largest component
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import data
@@ -48,10 +49,11 @@ def test_two_processes_end_with_equal_weights_and_one_run_folder(tmp_path):
     assert (tmp_path / "run" / "val.csv").exists()
 
 
-def start(flags: list[str]) -> subprocess.Popen:
+def start(flags: list[str], **environment: str) -> subprocess.Popen:
     """train.py on few phantoms, in a process of its own."""
-    code = f"import data, train; data.PHANTOM_SPLIT = {FEW}; train.train(train.read_settings())"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    code = (f"import data, evaluate, train; data.PHANTOM_SPLIT = {FEW}\n"
+            "evaluate.command('train.py', lambda: train.train(train.read_settings()), '')")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen([sys.executable, "-c", code, *flags], cwd=ROOT, env=environment,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -76,3 +78,13 @@ def test_a_run_that_is_killed_three_times_ends_bitwise_like_one_that_is_not(tmp_
     for part in ("student", "teacher"):
         assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part])
     assert whole["log"] == resumed["log"]
+
+
+@pytest.mark.parametrize("environment", [
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": "/proc/nowhere"},
+    {"PYTHONIOENCODING": "ascii:strict", "MPLBACKEND": "TkAgg", "DISPLAY": ""}])
+def test_a_run_ends_whole_whatever_locale_backend_and_home_are(tmp_path, environment):
+    assert start([*SMALL, "--out", str(tmp_path / "ru\u0141")], **environment).wait() == 0
+    names = {file.name for file in (tmp_path / "ru\u0141").iterdir()}
+    assert names >= {"last.pt", "val.csv", "predictions.png", "curves.png"}
