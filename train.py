@@ -127,8 +127,8 @@ def train(s: Settings) -> Path:
     if rank == 0 and evaluate.extra("checks"):
         evaluate.extra("checks").before_training(run, teacher, dataset, about, device)
     print(f"{run}: steps {start} to {s.steps} on {device}, {'bfloat16' if amp else 'float32'}; "
-          f"foundation model: {about['fm']}\nterms (_l labeled, _u unlabeled), codewords in use, "
-          "their perplexity, steps a second, time left")
+          f"foundation model: {about['fm']}\nterms (_l labeled, _u unlabeled: these join at step "
+          f"{math.ceil(s.warmup * s.steps)}), codewords used, their perplexity, speed, time left")
     log_every = max(1, s.steps // 50)
     window: list[dict[str, Tensor]] = []
     began = time.perf_counter()

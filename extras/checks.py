@@ -8,6 +8,7 @@ Of an untrained network they say nothing, so they go into a hidden folder that i
 import io
 import json
 import os
+import shutil
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -54,8 +55,10 @@ def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, de
     for part in ("train", "val"):
         same_volumes(began, dataset, part)
     warn(dataset, saved["settings"]["labeled"])
+    for left in run.glob(".rehearsal-*"):  # of a run that was killed in it
+        shutil.rmtree(left, ignore_errors=True)
     try:
-        with tempfile.TemporaryDirectory(dir=run, prefix=".") as folder:
+        with tempfile.TemporaryDirectory(dir=run, prefix=".rehearsal-") as folder:
             rehearse(Path(folder), teacher, dataset, saved | {"step": 0}, device)
     except OSError as error:
         remedy = "allow it, or begin in another folder with --out"

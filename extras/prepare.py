@@ -590,11 +590,12 @@ def mask_values(sources: list[Source]) -> str:
         for slab in slabs(open_volume(source.masks, "label")):
             values |= set(np.unique(snapped(slab)).tolist())
     shown = [f"{value:.9g}" for value in sorted(values)]
-    listed = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
-    if not all(map(str.isdecimal, shown)) or len(shown) > 12:
+    more = ["..."] if len(shown) > 12 else []
+    listed = ", ".join(shown[:12] + more)
+    if not all(map(str.isdecimal, shown)):
         return f"{listed}; change them to whole numbers from 0 on, one for each class"
-    example = ",".join(["background=" + shown[0], *[f"NAME={value}" for value in shown[1:]]])
-    return f"{listed}; name each, as in --classes {example}"
+    example = ["background=" + shown[0], *[f"NAME={value}" for value in shown[1:12]], *more]
+    return f"{listed}; name each, as in --classes {','.join(example)}"
 
 
 def snapped(slab: np.ndarray) -> np.ndarray:

@@ -241,10 +241,12 @@ def test_a_device_that_is_not_there_is_refused():
         evaluate.join_processes("nonsense")
 
 
-def test_the_command_refuses_a_folder_without_a_run_in_one_line(tmp_path):
-    command = [sys.executable, str(Path(evaluate.__file__)), str(tmp_path)]
+@pytest.mark.parametrize("flags, said", [
+    ([], "best.pt: no checkpoint"), (["--device", "nonsense"], "--device nonsense: cannot be")])
+def test_the_command_refuses_in_one_line(tmp_path, flags, said):
+    command = [sys.executable, str(Path(evaluate.__file__)), str(tmp_path), *flags]
     found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 2 and found.stderr.count("\n") == 1
+    assert found.returncode == 2 and found.stderr.count("\n") == 1 and said in found.stderr
 
 
 @pytest.mark.parametrize("error, status, said", [

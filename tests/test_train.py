@@ -334,6 +334,14 @@ def test_a_run_ends_with_pictures(finished):
     assert names >= {"predictions.png", "curves.png"}
 
 
+@pytest.mark.parametrize("warmup, step", [("0.25", 3), ("0", 0), ("1", 12)])
+def test_the_words_of_the_log_and_when_the_unlabeled_join_are_explained(unscored, tmp_path, capsys,
+                                                                       warmup, step):
+    run(tmp_path, "--warmup", warmup)
+    assert (f"terms (_l labeled, _u unlabeled: these join at step {step}), codewords used, their "
+            "perplexity, speed, time left") in capsys.readouterr().out
+
+
 def test_the_log_has_all_terms_and_the_use_of_the_codebook(finished):
     lines = [json.loads(line) for line in (finished[0] / "log.jsonl").read_text().splitlines()]
     terms = {"step", "loss", "seg_l", "rec_l", "seg_u", "rec_u", "kept", "align", "vq", "used",

@@ -38,6 +38,7 @@ def changed(dataset: data.Dataset, of: str, **changes) -> data.Dataset:
 
 
 def test_a_run_that_can_end_leaves_nothing_behind(begin, hearts, tmp_path):
+    (tmp_path / ".rehearsal-killed").mkdir()
     begin(hearts)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 

@@ -14,6 +14,7 @@ import evaluate
 import train
 from data import BadInput
 from extras import predict
+from extras.figures import Figure, legend
 from extras.predict import draw
 from extras.prepare import load_nifti
 
@@ -199,6 +200,13 @@ def test_the_picture_shows_six_slices_in_mm_proportions(tmp_path, monkeypatch):
     segment(tmp_path / "a.nii", tmp_path / "seg.nii")
     assert (tmp_path / "seg.png").read_bytes().startswith(b"\x89PNG")
     assert np.array_equal(np.array(masks).T, TRUTH[..., [0, 1, 2, 4, 5, 6]])
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["bg", "RV", "Myo", "LV"], ["x"] + ["y"] * 9])
+def test_the_legend_names_the_classes(names):
+    figure = Figure()
+    legend(figure, names)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names[1:]
 
 
 @pytest.mark.parametrize("name", ["\udcc5\udc81eft", "\ud800", "\u0141", "$x_$", "a\nb", ""])

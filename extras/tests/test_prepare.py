@@ -577,6 +577,12 @@ def test_names_in_latin_1_and_classes_in_any_letters_are_kept(pairs):
     assert dataset.labels == ["background", "\u0141", "\u0142"]  # the second came in a C locale
 
 
+def test_of_many_values_the_first_twelve_are_named(pairs, capsys):
+    save(pairs / "labels" / "p1.nii.gz", np.arange(960).reshape(20, 16, 3).astype(np.int16) % 14)
+    said = refusal(pairs, capsys, "--classes", "")
+    assert "10, 11, ...; name each, as in --classes background=0,NAME=1," in said
+
+
 # -- The authors' PNG ----------------------------------------------------------------------------
 
 
