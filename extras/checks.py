@@ -6,6 +6,7 @@ Of an untrained network they say nothing, so they go into a hidden folder that i
 """
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from model import VQSeg
 def fits(d: Dataset) -> None:
     """Raises ValueError where a prepared set is not as `extras.prepare` writes it."""
     rows = [case.shape[0] for case in d.cases]
-    first = [sum(rows[:k]) for k in range(len(rows))]
+    first = [0, *itertools.accumulate(rows)][:-1]
     size = (sum(rows), data.GRID, data.GRID)
     texts = [*d.labels, *(t for c in d.cases for t in (c.name, c.patient))]
     whole = [n for c in d.cases for n in (*c.shape, c.first + 1)]
