@@ -48,6 +48,11 @@ PHANTOM_SPLIT = {"train": [f"{number:03d}" for number in range(1, 15)],
 class BadInput(Exception):
     """The user's input cannot be used. One line: which file or flag, what is wrong, the remedy."""
 
+def extra(name: str):
+    """A module of the folder extras; None where that has been deleted."""
+    found = Path(__file__).with_name("extras").is_dir()
+    return importlib.import_module(f"extras.{name}") if found else None
+
 class Case(NamedTuple):
     """One volume: one frame of one patient."""
 
@@ -115,8 +120,8 @@ def load_prepared(folder: Path) -> Dataset:
         masks = torch.from_numpy(np.load(folder / "masks.npy", mmap_mode="c"))
         images = images / 255 if images.dtype == torch.uint8 else images  # for a set to be sent
         dataset = Dataset(**about, cases=cases, images=images, masks=masks)
-        if Path(__file__).with_name("extras").is_dir():
-            importlib.import_module("extras.checks").fits(dataset)
+        if extra("checks"):
+            extra("checks").fits(dataset)
         return dataset
     except Exception as error:  # a damaged file can fail in any way
         raise BadInput(f"{folder}: damaged ({error}); run extras.prepare again") from None

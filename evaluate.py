@@ -15,7 +15,6 @@ The paper does not say which distances it takes. Ours are medpy's, in voxels, as
 
 import argparse
 import csv
-import importlib
 import math
 import os
 import sys
@@ -185,20 +184,15 @@ def score_run(run: Path, part: str, device: torch.device, root: str = "", unit: 
     dataset = dataset._replace(split=saved["split"], unit=unit or dataset.unit)
     network, post_process, names = model.predict, None, []
     if any(beyond.values()):
-        network, post_process, names = extra("predict").extended(model, saved, beyond)
+        network, post_process, names = data.extra("predict").extended(model, saved, beyond)
     names += [unit] if unit else []
     path = run / f"{'-'.join([part, *names])}.csv"
-    if extra("checks"):
-        extra("checks").before_scoring(saved, dataset, part, path)
+    if data.extra("checks"):
+        data.extra("checks").before_scoring(saved, dataset, part, path)
     rows = evaluate(network, dataset, part, device, post_process=post_process)
     report(path, rows, saved, dataset.unit, ", ".join(names) or PROTOCOL)
-    if not names and extra("figures"):
-        extra("figures").draw_run(run, model, dataset, part, rows, device)
-
-def extra(name: str):
-    """A module of the folder extras; None where that has been deleted."""
-    found = Path(__file__).with_name("extras").is_dir()
-    return importlib.import_module(f"extras.{name}") if found else None
+    if not names and data.extra("figures"):
+        data.extra("figures").draw_run(run, model, dataset, part, rows, device)
 
 def command(name: str, run, remedy: str) -> None:
     """Runs a command line. What its user has to correct is one line on stderr, exit status 2."""
@@ -222,14 +216,14 @@ def save(path: Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # a full disk
         raise BadInput(f"{path}: {error}; make room, then --resume {path.parent}") from None
 
-def load_run(run: Path, device: torch.device, name: str = "best.pt", **into) -> tuple[VQSeg, dict]:
-    """The best (or last) teacher of a run, and its checkpoint; `into` goes on from its state."""
+def load_run(run: Path, device: torch.device, name: str = "best.pt", **goes_on) -> tuple:
+    """The best (or last) teacher of a run, its checkpoint; modules that go on get their state."""
     path = Path(run) / name
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = VQSeg(**saved["network"]).to(device)
         model.load_state_dict(saved["teacher"])
-        for part, module in into.items():
+        for part, module in goes_on.items():
             module.load_state_dict(saved[part])
     except Exception as error:  # a foreign file can fail in any way
         fault = f"no checkpoint of this version ({type(error).__name__})"
@@ -288,8 +282,8 @@ if __name__ == "__main__":
     parser.add_argument("--root", default="", help="where the data is now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--unit", default="", choices=["mm", "voxels"], help="of distances")
-    if extra("predict"):
-        extra("predict").add_flags(parser)
+    if data.extra("predict"):
+        data.extra("predict").add_flags(parser)
     a = vars(parser.parse_args())
     command("evaluate.py", lambda: score_run(**a | {"device": join_processes(a["device"])[2]}),
             "copy RUN to where you may write")

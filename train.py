@@ -124,8 +124,8 @@ def train(s: Settings) -> Path:
     run, start, best, log = open_run(s, rank, about, student, teacher, optimizer)
     model = DistributedDataParallel(student) if world > 1 else student
     amp = evaluate.has_bfloat16(device)
-    if rank == 0 and evaluate.extra("checks"):
-        evaluate.extra("checks").before_training(run, teacher, dataset, about, device)
+    if rank == 0 and data.extra("checks"):
+        data.extra("checks").before_training(run, teacher, dataset, about, device)
     print(f"{run}: steps {start} to {s.steps} on {device}, {'bfloat16' if amp else 'float32'}; "
           f"foundation model: {about['fm']}\nterms (_l labeled, _u unlabeled: these join at step "
           f"{math.ceil(s.warmup * s.steps)}), codewords used, their perplexity, speed, time left")
@@ -258,7 +258,8 @@ def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
     """The command line; with --resume, the settings that the run began with."""
-    parser = argparse.ArgumentParser(description="Train a run.", argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         how = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
@@ -273,8 +274,6 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         try:
             base = json.loads(Path(given["resume"], "config.json").read_bytes())["settings"]
             base = {f.name: f.type(base[f.name]) for f in fields(Settings)}
-            for f in [f for f in fields(Settings) if f.metadata["choices"]]:
-                f.metadata["choices"].index(base[f.name])  # an error where it is none of them
         except Exception:  # a damaged file can fail in any way
             raise BadInput(f"--resume {given['resume']}: no readable run; start one") from None
         for name in given.keys() - {"resume", "root", "device"}:
@@ -284,6 +283,8 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     s = Settings(**base | given)
     for f in fields(Settings):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
+        if value not in (f.metadata["choices"] or [value]):  # in the record of a run
+            raise BadInput(f"--{f.name} {value}: must be one of {', '.join(f.metadata['choices'])}")
         if f.name == "codebook_size" and s.perturb in ("qpm", "shuffle"):
             low = 2  # there must be another codeword
         if f.type in (int, float) and not low <= value <= high:

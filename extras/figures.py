@@ -288,7 +288,7 @@ def draw_all(args: argparse.Namespace) -> None:
         if saved["settings"]["supervised"] or not saved["settings"]["codebook_size"]:
             raise BadInput(f"{run}: has no codebook; give a run that has one")
         for part in ("train", "val"):
-            evaluate.extra("checks").same_volumes(saved, dataset, part)
+            data.extra("checks").same_volumes(saved, dataset, part)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings[0]["seed"])
     untrained = VQSeg(**loaded[0][1]["network"]).eval()

@@ -236,7 +236,7 @@ def calls(tmp_path_factory):
         patch.setattr(evaluate, "evaluate", lambda *given, **options: [])
         patch.setattr(evaluate, "class_means", lambda rows: {"mean": [0.5]})
         patch.setattr(evaluate, "score_run", lambda *given: None)
-        patch.setattr(evaluate, "extra", lambda name: None)
+        patch.setattr(data, "extra", lambda name: None)
         seen["lr"] = []
         hook = register_optimizer_step_pre_hook(
             lambda optimizer, *_: seen["lr"].append(optimizer.param_groups[0]["lr"]))
@@ -315,7 +315,7 @@ def finished(tmp_path_factory):
 def unscored(monkeypatch):
     """Without the table and the pictures that end a run, and their rehearsal."""
     monkeypatch.setattr(evaluate, "score_run", lambda *given: None)
-    monkeypatch.setattr(evaluate, "extra", lambda name: None)
+    monkeypatch.setattr(data, "extra", lambda name: None)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -399,7 +399,7 @@ def test_best_pt_is_the_teacher_with_the_best_validation(unscored, tmp_path, mon
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "total_loss", lambda l_db, l_align, lambda_a: l_db * math.nan)
-    monkeypatch.setattr(evaluate, "extra", lambda name: None)
+    monkeypatch.setattr(data, "extra", lambda name: None)
     with pytest.raises(FloatingPointError, match="step 1: the loss is not finite"):
         run(tmp_path)
 
@@ -475,7 +475,7 @@ def test_resume_of_a_damaged_record_is_refused(finished, tmp_path, name, value):
     record = json.loads((finished[0] / "config.json").read_text())
     record["settings"][name] = value
     (tmp_path / "config.json").write_text(json.dumps(record))
-    with pytest.raises(BadInput, match="no readable run; start one"):
+    with pytest.raises(BadInput, match="no readable run; start one|must be one of"):
         train.read_settings(["--resume", str(tmp_path)])
 
 
