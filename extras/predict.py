@@ -31,7 +31,8 @@ from data import BadInput
 from evaluate import Model
 from extras.checks import writable
 from extras.figures import Figure, legend, show
-from extras.prepare import FOREIGN, NIFTI, leave, listing, load_nifti, voxels
+from extras.files import FOREIGN, NIFTI, load_nifti, voxels
+from extras.layouts import leave, listing
 from model import VQSeg
 
 # Test-time augmentation: rotations (radians) and scales, well inside of what training shows.

@@ -15,8 +15,8 @@ import train
 from data import BadInput
 from extras import predict
 from extras.figures import Figure, legend
+from extras.files import load_nifti
 from extras.predict import draw
-from extras.prepare import load_nifti
 
 CPU = torch.device("cpu")
 SAVED = {"labels": ["background", "dark", "bright"], "window": None, "eval_crop": data.GRID}
