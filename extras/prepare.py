@@ -45,9 +45,11 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
     if how == "acdc":
         names = {part: [f"patient{n}" for n in data.ACDC_SPLIT[part]] for part in split}
         split = {part: [p for p in names[part] if p in patients] for part in split}
-    elif not split["train"] + split["val"] and os.path.lexists(root / "split.txt"):
+    elif split["train"] + split["val"]:
+        leave([file for file in [root / "split.txt"] if file.exists()], "the folders are the split")
+    elif os.path.lexists(root / "split.txt"):
         split = read_split(root / "split.txt", patients)
-    elif not split["train"] + split["val"]:
+    else:
         test = split["test"]
         pool = sorted(set(masked) - set(test))
         order = np.random.default_rng(seed).permutation(pool).tolist()

@@ -169,7 +169,7 @@ def test_hdf5_slices_are_joined_in_the_order_of_their_numbers(tmp_path):
     assert torch.allclose(images, grid, atol=1e-3)
 
 
-def test_the_authors_png_tree_is_its_own_split(tmp_path):
+def test_the_authors_png_tree_is_its_own_split(tmp_path, capsys):
     image_module = pytest.importorskip("PIL.Image")
     root = tmp_path / "png"
     for folder in ("train-label", "train-unlabel", "val", "test"):
@@ -180,8 +180,10 @@ def test_the_authors_png_tree_is_its_own_split(tmp_path):
             pixels = np.full((12, 10), 20 * z, np.uint8)
             image_module.fromarray(pixels).save(root / folder / "image" / f"{name}.png")
             np.save(root / folder / "mask" / f"{name}.npy", np.eye(12, 10, dtype=np.uint8))
+    (root / "split.txt").write_text("val train")
     dataset = run(root)
     assert dataset.split["val"] == ["val"]
+    assert "left alone, the folders are the split: 1 files" in capsys.readouterr().out
     assert len(dataset.training(0)[1]) == 1  # its masks are not read
     images, _ = slices(dataset, "train-label_frame01")
     assert torch.equal(images.amax((1, 2)).argsort(), torch.arange(11))
