@@ -1,6 +1,9 @@
 """Data: ACDC files land in the right rows, the split, the grid and back, the two views."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -346,3 +349,11 @@ def test_each_phantom_has_all_classes_and_a_heart_that_beats():
     cases, _ = data.phantoms(("train",))
     assert all(set(np.unique(case.mask)) == {0, 1, 2, 3} for case in cases)
     assert all((a.mask == 3).sum() > (b.mask == 3).sum() for a, b in zip(cases[::2], cases[1::2]))
+
+
+def test_an_old_python_is_told_in_one_line_with_status_2():
+    code = "import nibabel, torch, sys; sys.version_info = (3, 9, 1); import data"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("Python 3.10 or newer is needed; this is")
