@@ -34,6 +34,7 @@ from data import BadInput, Dataset
 from model import NETWORKS, VQSeg, ema_update, foundation_model
 from qpm import PERTURBATIONS
 
+
 def option(default, help: str, choices=None, low: float = 0, high: float = math.inf):
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
@@ -258,8 +259,7 @@ def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
     """The command line; with --resume, the settings that the run began with."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Train VQ-Seg", argument_default=argparse.SUPPRESS)
     for f in fields(Settings):
         how = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
