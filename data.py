@@ -111,6 +111,7 @@ def load(name: str, root: str = "", parts: tuple[str, ...] = ("train", "val")) -
 
 def load_prepared(folder: Path) -> Dataset:
     """Memory-mapped arrays, as `extras.prepare` writes them: the set may be larger than memory."""
+    checks = extra("checks")  # not below: a package that is missing is no damage
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         cases = [Case(**case) for case in about.pop("cases")]
@@ -120,9 +121,7 @@ def load_prepared(folder: Path) -> Dataset:
         masks = torch.from_numpy(np.load(folder / "masks.npy", mmap_mode="c"))
         images = images / 255 if images.dtype == torch.uint8 else images  # for a set to be sent
         dataset = Dataset(**about, cases=cases, images=images, masks=masks)
-        if extra("checks"):
-            extra("checks").fits(dataset)
-        return dataset
+        return checks.intact(dataset) if checks else dataset
     except Exception as error:  # a damaged file can fail in any way
         raise BadInput(f"{folder}: damaged ({error}); run extras.prepare again") from None
 

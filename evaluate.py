@@ -216,14 +216,14 @@ def save(path: Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # a full disk
         raise BadInput(f"{path}: {error}; make room, then --resume {path.parent}") from None
 
-def load_run(run: Path, device: torch.device, name: str = "best.pt", **goes_on) -> tuple:
-    """The best (or last) teacher of a run, its checkpoint; modules that go on get their state."""
+def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) -> tuple:
+    """The best (or last) teacher of a run, its checkpoint; what is resumed takes its state."""
     path = Path(run) / name
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         model = VQSeg(**saved["network"]).to(device)
         model.load_state_dict(saved["teacher"])
-        for part, module in goes_on.items():
+        for part, module in resumed.items():
             module.load_state_dict(saved[part])
     except Exception as error:  # a foreign file can fail in any way
         fault = f"no checkpoint of this version ({type(error).__name__})"

@@ -282,13 +282,14 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
                 raise BadInput(f"--{name.replace('_', '-')} {values}")
     s = Settings(**base | given)
     for f in fields(Settings):
-        value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
-        if value not in (f.metadata["choices"] or [value]):  # in the record of a run
-            raise BadInput(f"--{f.name} {value}: must be one of {', '.join(f.metadata['choices'])}")
+        flag, value = "--" + f.name.replace("_", "-"), getattr(s, f.name)
+        low, high = f.metadata["low"], f.metadata["high"]
+        if value not in (f.metadata["choices"] or [value]):  # in a damaged record of a run
+            raise BadInput(f"{flag} {value}: must be one of {', '.join(f.metadata['choices'])}")
         if f.name == "codebook_size" and s.perturb in ("qpm", "shuffle"):
             low = 2  # there must be another codeword
         if f.type in (int, float) and not low <= value <= high:
-            raise BadInput(f"--{f.name.replace('_', '-')} {value}: must be {low} to {high}")
+            raise BadInput(f"{flag} {value}: must be {low} to {high}")
     if not s.root and Path(s.data).is_dir():
         s.root = str(Path(s.data).resolve())
     return s

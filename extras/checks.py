@@ -23,31 +23,32 @@ from extras import figures
 from model import VQSeg
 
 
-def fits(d: Dataset) -> None:
-    """Raises ValueError where a prepared set is not as `extras.prepare` writes it."""
-    rows = [case.shape[0] for case in d.cases]
-    first = [0, *itertools.accumulate(rows)][:-1]
-    size = (sum(rows), data.GRID, data.GRID)
-    texts = [*d.labels, *(t for c in d.cases for t in (c.name, c.patient))]
-    whole = [n for c in d.cases for n in (*c.shape, c.first + 1)]
-    listed = sum(d.split.values(), [])
+def intact(d: Dataset) -> Dataset:
+    """The prepared set d; ValueError where it is not as `extras.prepare` writes it."""
+    names = [*d.labels, *(c.name for c in d.cases), *(c.patient for c in d.cases)]
+    sizes = [n for c in d.cases for n in c.shape]
+    first = [0, *itertools.accumulate(c.shape[0] for c in d.cases)]  # row of each case, and N
+    patients = sum(d.split.values(), [])
+    arrays = (first[-1], data.GRID, data.GRID)  # (N,G,G)
     rules = {
         "labels": isinstance(d.labels, list) and len(d.labels) == len(set(d.labels)) > 1,
-        "split": set(d.split) == {"train", "val", "test"} and len(listed) == len(set(listed)),
+        "split": set(d.split) == {"train", "val", "test"} and len(patients) == len(set(patients)),
         "labeled": isinstance(d.labeled, int) and d.labeled > 0,
         "eval_crop": d.eval_crop in range(16, data.GRID + 1, 16),
         "window": d.window is None or d.window[0] < d.window[1],
         "unit": d.unit in ("mm", "voxels"),
-        "names": {type(text) for text in texts} == {str},
-        "shape": {type(n) for n in whole} == {int} and min(whole) > 0,
-        "spacing": all(len(c.spacing) == len(c.shape) == 3 < 3 + min(c.spacing) for c in d.cases),
-        "first": [case.first for case in d.cases] == first,
-        "images.npy": d.images.shape == size and d.images.is_floating_point(),
-        "masks.npy": d.masks.shape == size and d.masks.dtype == torch.uint8,
+        "names": all(isinstance(name, str) for name in names),
+        "shape": all(isinstance(n, int) and n > 0 for n in sizes),
+        "spacing": all(len(c.spacing) == len(c.shape) == 3 and min(c.spacing) > 0 for c in d.cases),
+        "first": [c.first for c in d.cases] == first[:-1],
+        "type of first": all(isinstance(c.first, int) for c in d.cases),
+        "images.npy": d.images.shape == arrays and d.images.is_floating_point(),
+        "masks.npy": d.masks.shape == arrays and d.masks.dtype == torch.uint8,
     }
     for name, right in rules.items():
         if not right:
             raise ValueError(f"{name} does not fit the rest")
+    return d
 
 
 def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):

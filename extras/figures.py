@@ -1,6 +1,6 @@
 """Every figure of the README, and the pictures that end a training.
 
-    python -m extras.figures RUN ... [--out figures]
+    python -m extras.figures RUN [--out figures]
 
 Draws Figure 2 (`model.png`: one slice on its way through the network), Figure 3 with Eq. 1 against
 Eq. 6 (`qpm.png`), Appendix E (`vq.png`: the codebook before and after training; where the paper has
@@ -47,7 +47,7 @@ def show(axis, image, mask=None, classes: int = 4, aspect: float = 1.0) -> None:
 
 
 def printable(name: str) -> str:
-    """A name without bytes that are no letters, and its dollars no formula."""
+    """A name that can be drawn: odd bytes escaped, and no formula where it holds a $."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
@@ -123,34 +123,33 @@ def draw_curves(path: Path, log: Path) -> None:
 
 
 @torch.no_grad()
-def draw_model(path: Path, runs: list[tuple[VQSeg, dict]], dataset: Dataset) -> None:
-    """One row a run: input, tokens, reconstruction, prediction, and that after QPM."""
+def draw_model(path: Path, model: VQSeg, dataset: Dataset, temperature: float) -> None:
+    """Input, tokens, reconstruction, prediction, and prediction when QPM exchanges tokens."""
     case = dataset.part("val")[0]
     image = dataset.images[case.first + case.shape[0] // 2].float()
     x = data.crop_center(image, dataset.eval_crop)[None, None]  # (1,1,H,W)
-    figure = Figure(figsize=(15, 0.5 + 2.4 * len(runs)), layout="constrained")
-    for axes, (model, s) in zip(figure.subplots(len(runs), 7, squeeze=False), runs):
-        z, _ = model.encoder(x)
-        q = model.quantizer(z)
-        # Codewords that lie near each other get similar colors: the main direction of the codebook.
-        direction = torch.linalg.svd(q.codebook - q.codebook.mean(0), full_matrices=False).Vh[0]
-        tokens = (q.codebook @ direction)[q.indices[0]]  # (h,w)
-        plain = model.predict(x).argmax(1)[0]
-        show(axes[0], x[0, 0])
-        axes[1].imshow(tokens.numpy(), cmap="viridis")
-        show(axes[2], model.image_decoder(q.codes)[0, 0])
-        show(axes[3], x[0, 0], plain, len(dataset.labels))
-        titles = ["x", f"q(z): {q.indices.unique().numel()} codewords", "D_i(q(z))", "D_s(q(z))"]
-        for axis, eps in zip(axes[4:], (0.3, 0.7, 1.0)):
-            g = torch.Generator().manual_seed(0)
-            perturbed = model.predict(x, "qpm", eps, s["temperature"], g).argmax(1)[0]
-            show(axis, x[0, 0], perturbed, len(dataset.labels))
-            differ = (perturbed != plain).double().mean()
-            titles.append(f"D_s(q'(z)), eps {eps}: {differ:.1%} differ")
-        for axis, title in zip(axes, titles):
-            axis.set_title(title, fontsize=8)
-            axis.set(xticks=[], yticks=[])
-        axes[0].set_ylabel(f"trained with --perturb {s['perturb']}", fontsize=8)
+    z, skips = model.encoder(x)
+    q = model.quantizer(z)
+    # Codewords that lie near each other get similar colors: the main direction of the codebook.
+    direction = torch.linalg.svd(q.codebook - q.codebook.mean(0), full_matrices=False).Vh[0]
+    tokens = (q.codebook @ direction)[q.indices[0]]  # (h,w)
+    plain = model.predict(x).argmax(1)[0]
+    figure = Figure(figsize=(15, 2.9), layout="constrained")
+    axes = figure.subplots(1, 7)
+    show(axes[0], x[0, 0])
+    axes[1].imshow(tokens.numpy(), cmap="viridis")
+    show(axes[2], model.image_decoder(q.codes)[0, 0])
+    show(axes[3], x[0, 0], plain, len(dataset.labels))
+    titles = ["x", f"q(z): {q.indices.unique().numel()} codewords", "D_i(q(z))", "D_s(q(z))"]
+    for axis, eps in zip(axes[4:], (0.3, 0.7, 1.0)):
+        g = torch.Generator().manual_seed(0)
+        perturbed = model.predict(x, "qpm", eps, temperature, g).argmax(1)[0]
+        show(axis, x[0, 0], perturbed, len(dataset.labels))
+        differ = (perturbed != plain).double().mean()
+        titles.append(f"D_s(q'(z)), eps {eps}: {differ:.1%} differ")
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, fontsize=8)
+        axis.set(xticks=[], yticks=[])
     legend(figure, dataset.labels)
     figure.savefig(path, dpi=75)
 
@@ -270,9 +269,8 @@ def draw_views(path: Path, dataset: Dataset) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the figures of the README from runs.")
-    parser.add_argument("runs", type=Path, nargs="+",
-                        help="run folders with a codebook: all in model.png, the first elsewhere")
+    parser = argparse.ArgumentParser(description="Draw the figures of the README from a run.")
+    parser.add_argument("run", type=Path, help="run folder of train.py, not --supervised")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder")
     parser.add_argument("--root", default="", help="where the data is now")
     args = parser.parse_args()
@@ -280,21 +278,19 @@ def main() -> None:
 
 
 def draw_all(args: argparse.Namespace) -> None:
-    loaded = [evaluate.load_run(run, torch.device("cpu")) for run in args.runs]
-    models = [model for model, _ in loaded]
-    settings = [saved["settings"] for _, saved in loaded]
-    dataset = data.load(settings[0]["data"], args.root or settings[0]["root"])
-    for run, (_, saved) in zip(args.runs, loaded):
-        if saved["settings"]["supervised"] or not saved["settings"]["codebook_size"]:
-            raise BadInput(f"{run}: has no codebook; give a run that has one")
-        for part in ("train", "val"):
-            data.extra("checks").same_volumes(saved, dataset, part)
+    model, saved = evaluate.load_run(args.run, torch.device("cpu"))
+    s = saved["settings"]
+    if s["supervised"] or not s["codebook_size"]:
+        raise BadInput(f"{args.run}: has no codebook; give a run that has one")
+    dataset = data.load(s["data"], args.root or s["root"])
+    for part in ("train", "val"):
+        data.extra("checks").same_volumes(saved, dataset, part)
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings[0]["seed"])
-    untrained = VQSeg(**loaded[0][1]["network"]).eval()
-    draw_model(args.out / "model.png", list(zip(models, settings)), dataset)
-    draw_qpm(args.out / "qpm.png", models[0].quantizer.codebook.detach())
-    draw_codebook(args.out / "vq.png", {"before": untrained, "after": models[0]}, dataset)
+    torch.manual_seed(s["seed"])
+    untrained = VQSeg(**saved["network"]).eval()
+    draw_model(args.out / "model.png", model, dataset, s["temperature"])
+    draw_qpm(args.out / "qpm.png", model.quantizer.codebook.detach())
+    draw_codebook(args.out / "vq.png", {"before": untrained, "after": model}, dataset)
     draw_views(args.out / "data.png", dataset)
     print(f"wrote model.png, qpm.png, vq.png and data.png in {args.out}")
 

@@ -19,7 +19,6 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +29,9 @@ import torch
 import data
 import evaluate
 from data import BadInput
-from extras.files import Volume, fault, open_volume, slabs
+from extras.files import fault, open_volume, slabs
 from extras.layouts import Source, find, leave, text
+from extras.masks import class_names, mask_slabs
 
 # -- The split -----------------------------------------------------------------------------------
 
@@ -112,99 +112,13 @@ def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
 # -- Writing -------------------------------------------------------------------------------------
 
 
-def class_names(root: Path, text: str, how: str, sources: list[Source]) -> dict[str, int]:
-    """Name of a class -> its value in the masks: of --classes, ACDC, or nnU-Net's dataset.json."""
-    where = f"--classes {text}"
-    if text.isdecimal():
-        names = ["background", *(f"class {k}" for k in range(1, min(int(text), 256)))]
-        pairs = [(name, k) for k, name in enumerate(names)]
-    elif text:
-        words = [word.partition("=") for word in text.split(",")]
-        pairs = [(name, value or k) for k, (name, _, value) in enumerate(words)]
-    elif how == "acdc":
-        pairs = [(name, k) for k, name in enumerate(data.CLASSES)]
-    elif (root / "dataset.json").exists():
-        where = str(root / "dataset.json")
-        pairs = nnunet_classes(root / "dataset.json")
-    else:
-        raise BadInput(f"--classes is needed: the masks hold {mask_values(sources)}")
-    numbered = [pair for pair in pairs if pair[0] and re.fullmatch(r"\d{1,6}", str(pair[1]))]
-    labels = {name: int(value) for name, value in numbered}
-    if not 2 <= len(labels) <= 255 or not len(labels) == len(pairs) == len({*labels.values()}):
-        raise BadInput(f"{where}: give 2 to 255 classes, each NAME=NUMBER with both its own")
-    return labels
-
-
-def nnunet_classes(file: Path) -> list[tuple[str, int]]:
-    try:
-        labels = json.loads(file.read_text(encoding="utf-8-sig"))["labels"]
-        pairs = list(labels.items())
-        if "background" not in labels:  # nnU-Net's first version: number -> name
-            pairs = [(name, number) for number, name in pairs]
-        return sorted([(str(name), int(str(number))) for name, number in pairs],
-                      key=lambda pair: pair[1])
-    except Exception:  # a damaged file can fail in any way
-        remedy = "correct it, or give --classes"
-        raise BadInput(f"{file}: has no labels as nnU-Net writes them; {remedy}") from None
-
-
-def mask_values(sources: list[Source]) -> str:
-    """What the masks hold, and what to do with it."""
-    values: set[float] = set()
-    for source in [s for s in sources if s.masks]:
-        for slab in slabs(open_volume(source.masks, "label")):
-            values |= set(np.unique(snapped(slab)).tolist())
-    shown = [f"{value:.9g}" for value in sorted(values)]
-    more = ["..."] if len(shown) > 12 else []
-    listed = ", ".join(shown[:12] + more)
-    if not all(map(str.isdecimal, shown)):
-        return f"{listed}; change them to whole numbers from 0 on, one for each class"
-    example = ["background=" + shown[0], *[f"NAME={value}" for value in shown[1:12]], *more]
-    return f"{listed}; name each, as in --classes {','.join(example)}"
-
-
-def snapped(slab: np.ndarray) -> np.ndarray:
-    """Labels that are nearly whole are whole: a mask saved with a scale factor has 0.9999999."""
-    whole = np.rint(slab) + 0.0  # of -0.0 it makes 0.0
-    return np.where(np.abs(slab - whole) <= 1e-3, whole, slab)
-
-
-def mask_slabs(source: Source, image: Volume, values: list[int]) -> Iterator[np.ndarray]:
-    """Slabs (n,H,W) uint8 of a mask, after a look at whether it fits its image.
-
-    values: what the classes have in the file; they become 0, 1, 2, ...
-    """
-    path = source.masks[0]
-    mask = open_volume(source.masks, "label")
-    # By the headers a mask may lie half a voxel beside its image; this bounds it for all voxels.
-    corner = [*mask.shape[::-1], 1]
-    apart = [(np.abs(a - b)[:3] @ corner).max() for a, b in zip(mask.affines, image.affines)]
-    if apart and mask.shape == image.shape and not min(apart) <= min(image.spacing) / 2:
-        raise BadInput(f"{path}: lies {min(apart):.0f} mm beside its image; give both one affine")
-    if mask.shape != image.shape:
-        shapes = f"{mask.shape[::-1]}, its image {image.shape[::-1]}"
-        raise BadInput(f"{path}: has shape {shapes}; they must be equal")
-    order = np.argsort(values)
-    ordered = np.array(values)[order]
-    listed = ", ".join(map(str, values))
-    for slab in map(snapped, slabs(mask)):
-        place = np.searchsorted(ordered, slab).clip(max=len(values) - 1)
-        wrong = slab[ordered[place] != slab]
-        if len(wrong):
-            value = f"{wrong[0]:.9g}"
-            remedy = "change the mask, to whole numbers from 0 on"
-            if value.isdecimal():
-                remedy = f"change the mask, or name the value: --classes background=0,NAME={value}"
-            raise BadInput(f"{path}: label value {value} is not one of {listed}; {remedy}")
-        yield order[place].astype(np.uint8)
-
-
 def write(sources: list[Source], folder: Path, values: list[int], window, bits: int) -> list[dict]:
     """images.npy, masks.npy and masks/NUMBER.nii.gz; returns the cases of dataset.json."""
     N = sum(open_volume(source.images).shape[0] for source in sources)
     kind = np.uint8 if bits == 8 else np.float16
     size = (N, data.GRID, data.GRID)
-    needed = (np.dtype(kind).itemsize + 1) * N * data.GRID**2  # where they miss, the process dies
+    # Looked at first: on a full disk a memory-mapped array ends the process without a word.
+    needed = (np.dtype(kind).itemsize + 1) * N * data.GRID**2
     if shutil.disk_usage(folder).free < needed:
         raise BadInput(f"--out: needs {needed / 2**30:.3f} GB; make room, or name another disk")
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", kind, size)
@@ -251,7 +165,8 @@ def prepare(args: argparse.Namespace) -> None:
     window = None
     if args.window:
         try:
-            low, high = window = [float(word) for word in args.window.split(",")]
+            window = [float(word) for word in args.window.split(",")]
+            low, high = window
         except ValueError:
             low = high = 0.0
         if not 0 < high - low < math.inf:
@@ -288,6 +203,8 @@ def warn_of_axes(sources: list[Source]) -> None:
         volume = open_volume(source.images)
         axes[volume.axes] += 1
         spacing, shape = volume.spacing[::-1], volume.shape[::-1]  # (x,y,z)
+        # Slices seem to lie along an axis that is 1.5 times as coarse as z, or has an eighth of its
+        # voxels: nearly cubic voxels and short stacks are no reason to warn.
         if max(spacing) > 1.5 * spacing[2]:
             odd.append((source.images[0], "xyz"[int(np.argmax(spacing))], shape, spacing))
         elif 8 * min(shape[:2]) < shape[2]:

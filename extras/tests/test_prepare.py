@@ -16,7 +16,10 @@ import torch
 import data
 import train
 from data import BadInput
+from extras import masks as classes
 from extras import prepare
+from extras.files import Volume
+from extras.layouts import Source
 
 NAMES = "background,one,two"
 
@@ -169,17 +172,23 @@ def test_hdf5_slices_are_joined_in_the_order_of_their_numbers(tmp_path):
     assert torch.allclose(images, grid, atol=1e-3)
 
 
-def test_the_authors_png_tree_is_its_own_split(tmp_path, capsys):
+def authors_tree(root: Path, slices: int) -> Path:
+    """A volume in each folder of the authors' tree; slice z has grays from 20 z to 20 z + 19."""
     image_module = pytest.importorskip("PIL.Image")
-    root = tmp_path / "png"
-    for folder in ("train-label", "train-unlabel", "val", "test"):
+    for part in ("train-label", "train-unlabel", "val", "test"):
         for place in ("image", "mask"):
-            (root / folder / place).mkdir(parents=True)
-        for z in range(11):
-            name = f"{folder}_frame01_slice_{z}"
-            pixels = np.full((12, 10), 20 * z, np.uint8)
-            image_module.fromarray(pixels).save(root / folder / "image" / f"{name}.png")
-            np.save(root / folder / "mask" / f"{name}.npy", np.eye(12, 10, dtype=np.uint8))
+            (root / part / place).mkdir(parents=True)
+        for z in range(slices):
+            name = f"{part}_frame01_slice_{z}"
+            pixels = np.random.default_rng(z).integers(20 * z, 20 * z + 20, (12, 10))
+            file = root / part / "image" / f"{name}.png"
+            image_module.fromarray(pixels.astype(np.uint8)).save(file)
+            np.save(root / part / "mask" / f"{name}.npy", np.eye(12, 10, dtype=np.uint8))
+    return root
+
+
+def test_the_authors_png_tree_is_its_own_split(tmp_path, capsys):
+    root = authors_tree(tmp_path / "png", 11)
     (root / "split.txt").write_text("val train")
     dataset = run(root)
     assert dataset.split["val"] == ["val"]
@@ -201,7 +210,8 @@ def test_volumes_are_read_a_few_slices_at_a_time(pairs, monkeypatch):
     image, mask = volume(0, (512, 512, 40))
     save(pairs / "images" / "p0.nii.gz", image)
     save(pairs / "labels" / "p0.nii.gz", mask)
-    monkeypatch.setattr(prepare, "slabs", watched)
+    for module in (prepare, classes):
+        monkeypatch.setattr(module, "slabs", watched)
     run(pairs)
     assert max(largest) <= 2**22
 
@@ -590,18 +600,7 @@ def test_of_many_values_the_first_twelve_are_named(pairs, capsys):
 
 @pytest.fixture
 def png(tmp_path):
-    """A volume of three slices in each folder of the authors' tree."""
-    picture = pytest.importorskip("PIL.Image")
-    root = tmp_path / "png"
-    for part in ("train-label", "train-unlabel", "val", "test"):
-        for place in ("image", "mask"):
-            (root / part / place).mkdir(parents=True)
-        for z in range(3):
-            name = f"{part}_frame01_slice_{z}"
-            pixels = np.random.default_rng(z).integers(0, 256, (12, 10)).astype(np.uint8)
-            picture.fromarray(pixels).save(root / part / "image" / f"{name}.png")
-            np.save(root / part / "mask" / f"{name}.npy", np.eye(12, 10, dtype=np.uint8))
-    return root
+    return authors_tree(tmp_path / "png", 3)
 
 
 def picture(mode: str) -> bytes:
@@ -687,6 +686,6 @@ def test_visits_that_look_like_one_patient_are_warned_of(pairs, capsys):
 
 
 def test_the_refusal_of_a_mask_names_its_file():
-    source = prepare.Source("x", "x", (Path("i.nii"),), (Path("missing.nii.gz"),))
+    source = Source("x", "x", (Path("i.nii"),), (Path("missing.nii.gz"),))
     with pytest.raises(BadInput, match="missing.nii.gz: no such file; correct the path"):
-        list(prepare.mask_slabs(source, prepare.Volume((1, 2, 2), None), [0, 1]))
+        list(classes.mask_slabs(source, Volume((1, 2, 2), None), [0, 1]))
