@@ -193,17 +193,13 @@ def fit(height: int, width: int) -> tuple[int, int, int, int]:
 def to_grid(volume: Tensor) -> Tensor:
     """(Z,H,W) float image or uint8 mask -> (Z,G,G): the longer side becomes G, 0 around."""
     top, left, h, w = fit(*volume.shape[1:])
-    how = {"mode": "bilinear", "antialias": True}
-    if volume.dtype == torch.uint8:
-        how = {"mode": "nearest-exact"}
-    small = F.interpolate(volume[:, None], size=(h, w), **how)[:, 0]
+    image = volume.is_floating_point()
+    mode = "bilinear" if image else "nearest-exact"
+    small = F.interpolate(volume[:, None], size=(h, w), mode=mode, antialias=image)[:, 0]
     return F.pad(small, (left, GRID - w - left, top, GRID - h - top))
 
 def to_native(p: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Probabilities of the evaluation crop -> native size: (Z,C,crop,crop) -> (Z,C,H,W).
-
-    Outside the crop all is background, class 0.
-    """
+    """Probabilities of the crop -> native size, background around: (Z,C,crop,crop) -> (Z,C,H,W)."""
     edge = (GRID - p.shape[-1]) // 2
     background = F.pad(p[:, :1], (edge,) * 4, value=1.0)
     p = torch.cat([background, F.pad(p[:, 1:], (edge,) * 4)], 1)  # (Z,C,G,G)

@@ -203,8 +203,12 @@ def command(name: str, run, remedy: str) -> None:
         run()
     except (KeyboardInterrupt, BrokenPipeError):  # of `| head`
         sys.exit(f"{name}: stopped; a training continues with --resume RUN")
-    except (BadInput, OSError, FloatingPointError, ImportError) as error:
+    except (BadInput, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # a fault of ours
+            raise
         end = f"; {remedy}" if isinstance(error, OSError) else ""
+        if "allocate" in str(error):
+            end = "; not enough memory: a smaller --batch or --width needs less"
         print(f"{name}: {error}{end}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
 

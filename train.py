@@ -46,8 +46,8 @@ class Settings:
     root: str = option("", "folder of acdc as downloaded; empty = ./acdc")
     labeled: int = option(0, "labeled patients; 0 = phantom 3, acdc 7, else all that have masks")
     steps: int = option(0, "length of the training; 0 = phantom 600, else 10000")
-    batch: int = option(8, "labeled slices a step and process, and as many unlabeled", low=1)
-    seed: int = option(1337, "the randomness of a step is a function of seed and step")
+    batch: int = option(8, "labeled slices a step and process; as many unlabeled", low=1, high=4096)
+    seed: int = option(1337, "the randomness of a step is a function of seed and step", high=2**63)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-METHOD-seedSEED")
     resume: str = option("", "run folder to continue, from its last checkpoint")
@@ -57,7 +57,7 @@ class Settings:
     perturb: str = option("qpm", "qpm is Eq. 4, shuffle the abstract's", [*PERTURBATIONS])
     eps: float = option(0.7, "strength of the perturbation", high=1)
     temperature: float = option(1.0, "T, divides d in Eq. 4; inf = uniform replacement", low=1e-6)
-    codebook_size: int = option(1024, "K; 0 = tokens are not quantized: a control")
+    codebook_size: int = option(1024, "K; 0 = tokens are not quantized: a control", high=2**20)
     lambda_u: float = option(1.0, "weight of the unlabeled loss, Eq. 10")
     lambda_a: float = option(0.1, "weight of the alignment, Eq. 12")
     lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 = no image branch")
@@ -71,7 +71,7 @@ class Settings:
     lr: float = option(3e-3, "learning rate; falls as (1 - step/steps)^0.9")
     encoder: str = option("conv16", "conv: from scratch, tokens of 16, 8 or 4 pixels; alone: "
                           "D_s sees only tokens; dinov2: the paper's", [*NETWORKS, "dinov2"])
-    width: int = option(24, "channels of the first level of the conv network", low=1)
+    width: int = option(24, "channels of the first level of the conv network", low=1, high=1024)
 
 # Section 4.2 and Eq. 8 to 12. Not flags: SGD in place of AdamW, and 100 epochs.
 PAPER = {"encoder": "dinov2", "fm": "dinov2", "codebook_size": 16384, "eps": 0.7, "lambda_a": 5.0,
@@ -240,10 +240,9 @@ def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
     """The run folder, the first step, the best Dice and the log so far."""
     method = "supervised" if s.supervised else f"vqseg-{s.perturb}"
     name = f"runs/{Path(s.data).resolve().name}-{s.labeled}-{method}-seed{s.seed}"
-    run = Path(s.resume or s.out or name)
-    while run == Path(name) and run.exists():  # no run is written over
+    while Path(name).exists():  # no run is written over
         name += "-again"
-        run = Path(name)
+    run = Path(s.resume or s.out or name)
     if s.resume and (run / "last.pt").exists():
         _, saved = evaluate.load_run(run, torch.device("cpu"), "last.pt", student=student,
                                      teacher=teacher, optimizer=optimizer)

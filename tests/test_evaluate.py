@@ -253,6 +253,10 @@ def test_the_command_refuses_in_one_line(tmp_path, flags, said):
     (BadInput("a\nb: is bad; mend it"), 2, "x: a b: is bad; mend it\n"),
     (PermissionError(13, "denied", "runs"), 2, "x: [Errno 13] denied: 'runs'; change --out\n"),
     (FloatingPointError("not finite"), 2, "x: not finite\n"),
+    (RuntimeError("Tried to allocate 9 GiB"), 2, "x: Tried to allocate 9 GiB; not enough memory: "
+     "a smaller --batch or --width needs less\n"),
+    (MemoryError("Unable to allocate 9 GiB"), 2, "x: Unable to allocate 9 GiB; not enough memory: "
+     "a smaller --batch or --width needs less\n"),
     (BrokenPipeError(32, "Broken pipe"), "x: stopped; a training continues with --resume RUN", ""),
     (KeyboardInterrupt(), "x: stopped; a training continues with --resume RUN", "")])
 def test_what_its_user_can_correct_is_one_line(capsys, error, status, said):
@@ -262,6 +266,14 @@ def test_what_its_user_can_correct_is_one_line(capsys, error, status, said):
     with pytest.raises(SystemExit) as stopped:
         evaluate.command("x", run, "change --out")
     assert (stopped.value.code, capsys.readouterr().err) == (status, said)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def run():
+        raise RuntimeError("sizes do not match")
+
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        evaluate.command("x", run, "change --out")
 
 
 def window() -> list[dict]:

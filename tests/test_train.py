@@ -445,7 +445,8 @@ def test_paper_without_weights_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("flag, value", [("--eps", "1.5"), ("--batch", "0"), ("--temperature", "0"),
-                                         ("--codebook-size", "1"), ("--lambda-u", "-1")])
+                                         ("--codebook-size", "1"), ("--lambda-u", "-1"),
+                                         ("--width", "99999"), ("--seed", "9" * 20)])
 def test_a_value_out_of_range_names_its_flag(flag, value):
     with pytest.raises(BadInput, match=f"{flag} .*must be"):
         train.read_settings([flag, value])
