@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -53,6 +53,18 @@ def intact(d: Dataset) -> Dataset:
 
 def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
     """Raises now what would be raised at the end. saved: what a checkpoint will hold."""
+    try:
+        look(run, teacher, dataset, saved, device)
+    except Exception:
+        if not saved["settings"]["resume"]:  # the same command can follow when the fault is mended
+            (run / "config.json").unlink()
+            with suppress(OSError):  # not empty: the folder was there before
+                run.rmdir()
+        raise
+
+
+def look(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device) -> None:
+    """The data is that of the record, masks are whole, the run folder takes what ends a run."""
     began = json.loads((run / "config.json").read_bytes())
     for part in ("train", "val"):
         same_volumes(began, dataset, part)

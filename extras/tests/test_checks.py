@@ -22,10 +22,12 @@ def begin(tmp_path, hearts):
     """Records a run that begins with these data; `begin(dataset)` checks it against others."""
     network = dict(classes=4, codebook_size=8, width=4, dim=8)
     volumes = {c.name: [c.patient, *c.shape] for c in hearts.cases}
-    saved = {"settings": {"labeled": 3}, "fm": "none", "split": hearts.split, "volumes": volumes}
+    settings = {"labeled": 3, "resume": ""}
+    saved = {"settings": settings, "fm": "none", "split": hearts.split, "volumes": volumes}
     (tmp_path / "config.json").write_text(json.dumps(saved))
 
-    def check(dataset):
+    def check(dataset, resume=""):
+        settings["resume"] = resume
         teacher = VQSeg(**network).eval()
         checks.before_training(tmp_path, teacher, dataset, saved, torch.device("cpu"))
 
@@ -49,6 +51,16 @@ def test_a_bad_validation_mask_is_refused_before_the_training(begin, hearts, pat
     bad = changed(hearts, patient, mask=np.full(shape, 9), shape=shape)
     with pytest.raises(BadInput, match="label value 9 is not one of 0 to 3"):
         begin(bad)
+
+
+@pytest.mark.parametrize("resume, left", [("", []), ("run", ["config.json"])])
+def test_nothing_remains_of_a_run_that_was_refused_at_its_start(begin, hearts, tmp_path, resume,
+                                                                left):
+    bad = changed(hearts, "patient015", mask=np.full((1, 2, 3), 9), shape=(1, 2, 3))
+    with pytest.raises(BadInput):
+        begin(bad, resume)
+    remains = [file.name for file in tmp_path.iterdir()] if tmp_path.exists() else []
+    assert remains == left
 
 
 @pytest.mark.parametrize("changes", [{"shape": (1, 2, 3)}, {"name": "another"},
