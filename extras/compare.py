@@ -27,6 +27,7 @@ import numpy as np
 import evaluate
 from data import BadInput
 from evaluate import METRICS, Row, class_means
+from extras import plots
 
 NEUTRAL = {"seed", "device", "root", "out", "resume", "compile"}  # do not change what is learned
 
@@ -224,66 +225,6 @@ def mean_std(values: list[float]) -> str:
     return f"{mean:.4f}" + (f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
 
-def draw_sweep(records: list[Record], name: str, path: Path) -> None:
-    """Dice against the setting `name`: a curve for each other setting, dashed if constant."""
-    from extras.figures import Figure
-
-    groups = by_settings(records)
-    if name not in groups[0][0]:
-        others = ", ".join(groups[0][0]) or "nothing"
-        raise BadInput(f"--sweep {name}: the runs do not differ in it, but in {others}; name one")
-    if not all(isinstance(differ[name], int | float) for differ, _ in groups):
-        raise BadInput(f"--sweep {name}: is not a number; name a setting that is")
-    places = sorted({differ[name] for differ, _ in groups})  # equally far apart: T goes up to inf
-    curves: dict[str, dict] = {}
-    for differ, seeds in groups:
-        label = ", ".join(f"{k} {v}" for k, v in differ.items() if k != name) or "Dice"
-        curves.setdefault(label, {})[differ[name]] = [run.dice for run in seeds.values()]
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for number, (label, curve) in enumerate(curves.items()):
-        how = {"color": f"C{number}", "label": label}
-        x = sorted(curve)
-        mean = [np.mean(curve[k]) for k in x]
-        std = [np.std(curve[k], ddof=1) if len(curve[k]) > 1 else 0 for k in x]
-        if len(x) == 1:  # such as no perturbation, whose strength has no effect
-            axis.axhline(mean[0], linestyle="--", **how)
-        else:
-            axis.errorbar([places.index(k) for k in x], mean, std, marker="o", capsize=3, **how)
-    axis.set(xticks=range(len(places)), xticklabels=[f"{k:g}" for k in places], xlabel=name)
-    axis.set_ylabel("validation Dice, mean and std over seeds")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-
-
-def draw_gain(records: list[Record], path: Path) -> None:
-    """For each network, what a perturbation adds against how much the network needs its tokens."""
-    from extras.figures import Figure
-
-    cells: dict[tuple, dict[int, Record]] = {}
-    for differ, seeds in by_settings(records):
-        if differ.keys() - {"encoder", "perturb"}:
-            raise BadInput(f"--gain: runs differ in {', '.join(differ)}; give runs of one study")
-        cells[differ.get("encoder"), differ["perturb"]] = seeds
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    axis.axhline(0, color="gray", linewidth=0.8)
-    for color, perturb in zip(("C0", "C1", "C2"), ("qpm", "shuffle", "dropout")):
-        for encoder in [encoder for encoder, name in cells if name == perturb]:
-            runs, base = cells[encoder, perturb], cells[encoder, "none"]
-            seeds = sorted(runs.keys() & base.keys())
-            gain = [runs[k].dice - base[k].dice for k in seeds]
-            need = [runs[k].dice - runs[k].exchanged for k in seeds]
-            x, y = np.mean(need), np.mean(gain)
-            axis.errorbar(x, y, np.std(gain, ddof=1), np.std(need, ddof=1), "o", color=color)
-            axis.annotate(f" {encoder}", (x, y), fontsize=8)
-        axis.plot([], [], "o", color=color, label=perturb)
-    axis.set_xlabel("token dependence: Dice lost when every token is exchanged at test time")
-    axis.set_ylabel("Dice over no perturbation, paired")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-
-
 def run_command(args: argparse.Namespace) -> None:
     if bool(args.sweep) != bool(args.figure):
         raise BadInput("--sweep and --figure: give both, the setting and where its figure goes")
@@ -305,9 +246,9 @@ def run_command(args: argparse.Namespace) -> None:
         with open(args.records, "x", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([Record._fields, *records])
     if args.sweep:
-        draw_sweep(records, args.sweep, args.figure)
+        plots.draw_sweep(by_settings(records), args.sweep, args.figure)
     if args.gain:
-        draw_gain(records, args.gain)
+        plots.draw_gain(by_settings(records), args.gain)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 import data
 import train
 from data import BadInput
-from extras import compare
+from extras import compare, plots
 
 RECORD = compare.Record("r", "abc", 1, "none", "{}", 0.5, 0.4, 3.0, 1.0, 2, 6, 0.9, 20.5, 10, "[]")
 HEADER = "case,label,dice,jaccard,hd95,asd,empty\n"
@@ -224,7 +224,7 @@ def test_a_sweep_has_a_curve_for_each_other_setting_and_dashes_constants(tmp_pat
     monkeypatch.setattr(Axes, "axhline", lambda _, y, **how: drawn.append((how["linestyle"], y)))
     runs = [record("a", 1, 0.5, how="qpm", T=1.0), record("b", 1, 0.7, how="qpm", T=math.inf),
             record("a", 2, 0.7, how="qpm", T=1.0), record("c", 1, 0.4, how="none", T=1.0)]
-    compare.draw_sweep(runs, "T", tmp_path / "t.png")
+    plots.draw_sweep(compare.by_settings(runs), "T", tmp_path / "t.png")
     qpm = ("how qpm", [0, 1], pytest.approx([0.6, 0.7]), pytest.approx([0.02**0.5, 0]))
     assert drawn == [qpm, ("--", 0.4)]
 
@@ -252,12 +252,12 @@ def test_the_gain_is_paired_and_stands_over_what_exchanged_tokens_cost(tmp_path,
     drawn = []
     monkeypatch.setattr(Axes, "errorbar", lambda _, *xy, **how: drawn.append(xy))
     runs = []
-    for seed, none, qpm, exchanged in ((1, 0.5, 0.6, 0.4), (2, 0.7, 0.7, 0.6), (3, 0.1, 0.9, 0.8)):
-        run = record("q", seed, qpm, encoder="e", perturb="qpm")
-        runs.append(run._replace(exchanged=exchanged))
+    for seed, none, qpm, exchanged in ((1, 0.5, 0.6, 0.4), (2, 0.7, 0.7, 0.5), (3, 0.1, 0.9, 0.1)):
+        runs.append(record("q", seed, qpm, encoder="e", perturb="qpm"))
         if seed < 3:  # the third has no partner
-            runs.append(record("n", seed, none, encoder="e", perturb="none"))
-    compare.draw_gain(runs, tmp_path / "g.png")
+            none = record("n", seed, none, encoder="e", perturb="none")
+            runs.append(none._replace(exchanged=exchanged))
+    plots.draw_gain(compare.by_settings(runs), tmp_path / "g.png")
     need, gain, gain_std, need_std = drawn[0][:4]
     assert (need, gain) == pytest.approx((0.15, 0.05))
     assert (need_std, gain_std) == pytest.approx((0.05 * 2**0.5, 0.05 * 2**0.5))
@@ -266,7 +266,14 @@ def test_the_gain_is_paired_and_stands_over_what_exchanged_tokens_cost(tmp_path,
 def test_the_gain_of_runs_that_differ_in_more_than_their_network_is_refused(tmp_path):
     runs = [record("a", 1, 0.5, perturb="none", eps=0.1), record("b", 1, 0.5, perturb="qpm", eps=1)]
     with pytest.raises(BadInput, match="differ in .*eps"):
-        compare.draw_gain(runs, tmp_path / "g.png")
+        plots.draw_gain(compare.by_settings(runs), tmp_path / "g.png")
+
+
+@pytest.mark.parametrize("perturb", ["none", "shuffle"])
+def test_a_gain_without_pairs_is_refused(tmp_path, perturb):
+    runs = [record("a", 1, 0.5, perturb="qpm"), record("b", 1, 0.5, perturb=perturb)]
+    with pytest.raises(BadInput, match="qpm: give two seeds of both"):
+        plots.draw_gain(compare.by_settings(runs), tmp_path / "g.png")
 
 
 def test_a_record_has_the_dice_after_all_tokens_are_exchanged(runs):
