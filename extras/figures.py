@@ -124,34 +124,36 @@ def draw_curves(path: Path, log: Path) -> None:
 
 @torch.no_grad()
 def draw_model(path: Path, model: VQSeg, dataset: Dataset, temperature: float) -> None:
-    """Input, tokens, reconstruction, prediction, and prediction when QPM exchanges tokens."""
+    """Above, one slice on its way through both branches; below, what QPM does to its mask."""
     case = dataset.part("val")[0]
     image = dataset.images[case.first + case.shape[0] // 2].float()
     x = data.crop_center(image, dataset.eval_crop)[None, None]  # (1,1,H,W)
-    z, skips = model.encoder(x)
-    q = model.quantizer(z)
+    q = model.quantizer(model.encoder(x).z)
+    plain = model.predict(x).argmax(1)[0]
     # Codewords that lie near each other get similar colors: the main direction of the codebook.
     direction = torch.linalg.svd(q.codebook - q.codebook.mean(0), full_matrices=False).Vh[0]
-    tokens = (q.codebook @ direction)[q.indices[0]]  # (h,w)
-    plain = model.predict(x).argmax(1)[0]
-    figure = Figure(figsize=(15, 2.9), layout="constrained")
-    axes = figure.subplots(1, 7)
-    show(axes[0], x[0, 0])
-    axes[1].imshow(tokens.numpy(), cmap="viridis")
-    show(axes[2], model.image_decoder(q.codes)[0, 0])
-    show(axes[3], x[0, 0], plain, len(dataset.labels))
-    titles = ["x", f"q(z): {q.indices.unique().numel()} codewords", "D_i(q(z))", "D_s(q(z))"]
-    for axis, eps in zip(axes[4:], (0.3, 0.7, 1.0)):
+    color = q.codebook @ direction  # (K,)
+    figure = Figure(figsize=(10, 5.8), layout="constrained")
+    above, below = figure.subplots(2, 4)
+    show(above[0], x[0, 0])
+    show(above[2], model.image_decoder(q.codes)[0, 0])
+    show(above[3], x[0, 0], plain, len(dataset.labels))
+    titles = ["image x", "tokens q(z)", "image branch D_i(q(z))", "segmentation D_s(q(z))"]
+    titles += ["tokens q'(z), eps 0.7"]
+    for axis, eps in ((above[1], 0.0), (below[0], 0.7)):
+        g = torch.Generator().manual_seed(0)
+        axis.imshow(color[qpm.perturb(q.indices, q.codebook, eps, temperature, g)[0]])
+    for axis, eps in zip(below[1:], (0.3, 0.7, 1.0)):
         g = torch.Generator().manual_seed(0)
         perturbed = model.predict(x, "qpm", eps, temperature, g).argmax(1)[0]
         show(axis, x[0, 0], perturbed, len(dataset.labels))
         differ = (perturbed != plain).double().mean()
         titles.append(f"D_s(q'(z)), eps {eps}: {differ:.1%} differ")
-    for axis, title in zip(axes, titles):
-        axis.set_title(title, fontsize=8)
+    for axis, title in zip((*above, *below), titles):
+        axis.set_title(title, fontsize=10)
         axis.set(xticks=[], yticks=[])
     legend(figure, dataset.labels)
-    figure.savefig(path, dpi=75)
+    figure.savefig(path, dpi=90)
 
 
 # -- Figure 3, Eq. 1 against Eq. 6, and the scale of d -------------------------------------------
