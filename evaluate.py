@@ -204,7 +204,7 @@ def command(name: str, run, remedy: str) -> None:
     except (KeyboardInterrupt, BrokenPipeError):  # of `| head`
         sys.exit(f"{name}: stopped; a training continues with --resume RUN")
     except (BadInput, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # a fault of ours
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not a lack of memory
             raise
         end = f"; {remedy}" if isinstance(error, OSError) else ""
         if "allocate" in str(error):

@@ -40,7 +40,8 @@ def option(default, help: str, choices=None, low: float = 0, high: float = math.
 
 @dataclass
 class Settings:
-    """Each field is a flag of the command line. Defaults stand here and nowhere else."""
+    """Each field is a flag of the command line. Defaults stand here and nowhere else.
+    The highest batch, codebook_size, width and seed keep PyTorch from an overflow."""
 
     data: str = option("phantom", "phantom, acdc, or a folder written by extras.prepare")
     root: str = option("", "folder of acdc as downloaded; empty = ./acdc")

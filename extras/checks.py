@@ -54,17 +54,17 @@ def intact(d: Dataset) -> Dataset:
 def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
     """Raises now what would be raised at the end. saved: what a checkpoint will hold."""
     try:
-        look(run, teacher, dataset, saved, device)
+        check_start(run, teacher, dataset, saved, device)
     except Exception:
         if not saved["settings"]["resume"]:  # the same command can follow when the fault is mended
-            (run / "config.json").unlink()
-            with suppress(OSError):  # not empty: the folder was there before
+            with suppress(OSError):  # a folder that is not empty was there before, and stays
+                (run / "config.json").unlink()
                 run.rmdir()
         raise
 
 
-def look(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device) -> None:
-    """The data is that of the record, masks are whole, the run folder takes what ends a run."""
+def check_start(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
+    """Raises where the data is not that of the record, or what ends a run cannot be written."""
     began = json.loads((run / "config.json").read_bytes())
     for part in ("train", "val"):
         same_volumes(began, dataset, part)

@@ -138,17 +138,17 @@ def draw_model(path: Path, model: VQSeg, dataset: Dataset, temperature: float) -
     show(above[0], x[0, 0])
     show(above[2], model.image_decoder(q.codes)[0, 0])
     show(above[3], x[0, 0], plain, len(dataset.labels))
-    titles = ["image x", "tokens q(z)", "image branch D_i(q(z))", "segmentation D_s(q(z))"]
-    titles += ["tokens q'(z), eps 0.7"]
-    for axis, eps in ((above[1], 0.0), (below[0], 0.7)):
-        g = torch.Generator().manual_seed(0)
-        axis.imshow(color[qpm.perturb(q.indices, q.codebook, eps, temperature, g)[0]])
+    g = torch.Generator().manual_seed(0)
+    exchanged = qpm.perturb(q.indices, q.codebook, 0.7, temperature, g)
+    for axis, indices in ((above[1], q.indices), (below[0], exchanged)):  # one scale for both
+        axis.imshow(color[indices[0]], vmin=color.min(), vmax=color.max())  # (h,w)
+    titles = ["image x", "tokens q(z)", "image branch D_i(q(z))", "segmentation D_s(q(z))",
+              "tokens q'(z), eps 0.7"]
     for axis, eps in zip(below[1:], (0.3, 0.7, 1.0)):
         g = torch.Generator().manual_seed(0)
         perturbed = model.predict(x, "qpm", eps, temperature, g).argmax(1)[0]
         show(axis, x[0, 0], perturbed, len(dataset.labels))
-        differ = (perturbed != plain).double().mean()
-        titles.append(f"D_s(q'(z)), eps {eps}: {differ:.1%} differ")
+        titles.append(f"D_s(q'(z)), eps {eps}: {(perturbed != plain).double().mean():.1%} differ")
     for axis, title in zip((*above, *below), titles):
         axis.set_title(title, fontsize=10)
         axis.set(xticks=[], yticks=[])
@@ -209,12 +209,11 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
     for book, label in ((unit, "random"), (trained, "trained")):
         sample = torch.arange(0, K, max(1, K // 64))
         means = [effective_neighbors(sample, book, t).mean() for t in temperatures]
-        right.plot(temperatures, means, label=f"{K} {label} codewords, D = {D}")
+        right.loglog(temperatures, means, label=f"{K} {label} codewords, D = {D}")
         at_1 = effective_neighbors(sample, book, 1.0).mean()
         print(f"{K} {label} codewords: Eq. 4 at T = 1 chooses among {at_1:.0f} effective neighbors")
     right.axvline(1, color="gray", lw=0.8)
     right.set(title="effective neighbors of Eq. 4", xlabel="temperature T")
-    right.set(xscale="log", yscale="log")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=75)
 

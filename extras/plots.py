@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data import BadInput
-from extras.figures import Figure
+from extras.figures import Figure  # by way of it: it sets the backend before the import
 
 
 def draw_sweep(groups: list, name: str, path: Path) -> None:
@@ -49,7 +49,7 @@ def draw_gain(groups: list, path: Path) -> None:
         if differ.keys() - {"encoder"} != {"perturb"}:
             names = ", ".join(differ) or "nothing"
             raise BadInput(f"--gain: runs differ in {names}; give some that do in perturb, encoder")
-        cells[differ.get("encoder"), differ["perturb"]] = seeds
+        cells[differ.get("encoder", "all"), differ["perturb"]] = seeds
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="gray", linewidth=0.8)
@@ -65,9 +65,10 @@ def draw_gain(groups: list, path: Path) -> None:
             need = [base[k].dice - base[k].exchanged for k in seeds]
             x, y = np.mean(need), np.mean(gain)
             axis.errorbar(x, y, np.std(gain, ddof=1), np.std(need, ddof=1), "o", color=color)
-            axis.annotate(f" {encoder}", (x, y), fontsize=8)
+            axis.annotate(encoder, (x, y), (6, 6), textcoords="offset points", fontsize=8)
         if encoders:
             axis.plot([], [], "o", color=color, label=perturb)
+    axis.margins(x=0.2)  # room for the names
     axis.set_xlabel("token dependence: Dice lost when every token is exchanged")
     axis.set_ylabel("Dice over no perturbation, paired")
     axis.legend(fontsize=8)
