@@ -1,10 +1,10 @@
-"""The bench and the GPU run, at sizes that a CPU does in seconds."""
+"""The bench, at sizes that a CPU does in seconds."""
 
 import csv
 
 import torch
 
-from extras import bench, gpu_run
+from extras import bench
 
 
 def read(path) -> list[dict]:
@@ -27,12 +27,3 @@ def test_the_loop_over_codes_draws_from_the_same_distribution():
     drawn = bench.plain_perturb(torch.zeros(100_000, dtype=torch.long), codebook, 0.7)
     expected = bench.qpm.transition_rows(torch.tensor([0]), codebook, 0.7)[0]
     assert torch.allclose(drawn.bincount(minlength=8) / 100_000, expected, atol=0.01)
-
-
-def test_the_gpu_run_records_each_training_as_it_ends(tmp_path):
-    gpu_run.main(["--data", "phantom", "--steps", "1", "--out", str(tmp_path), "--seeds", "1",
-                  "--labeled", "3", "--parallel", "1", "--", "--fm", "none", "--width", "4",
-                  "--batch", "1", "--device", "cpu"])
-    rows = read(tmp_path / "gpu.csv")
-    assert [(row["method"], row["end"]) for row in rows] == [
-        ("vqseg", "finished"), ("supervised", "finished")]
