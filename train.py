@@ -52,7 +52,6 @@ class Settings:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-METHOD-seedSEED")
     resume: str = option("", "run folder to continue, from its last checkpoint")
-    compile: bool = option(False, "torch.compile: slow to start, faster steps on a GPU")
     paper: bool = option(False, "the settings of Section 4.2 (PAPER below); other flags override")
     supervised: bool = option(False, "the baseline: L_seg of Eq. 8, network without quantizer")
     perturb: str = option("qpm", "qpm is Eq. 4, shuffle the abstract's", [*PERTURBATIONS])
@@ -224,9 +223,6 @@ def build(s: Settings, dataset: Dataset, device: torch.device):
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    for net in (student, teacher) if s.compile else ():
-        net.encoder.compile()
-        net.segmentation_decoder.compile()
     trained = [p for p in student.parameters() if p.requires_grad]
     if s.paper:
         optimizer = torch.optim.SGD(trained, lr=s.lr, momentum=0.9, weight_decay=3e-5, fused=True)

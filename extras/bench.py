@@ -65,7 +65,7 @@ class Table:
         """Median seconds of a call, and the peak memory in MB."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.seconds(f, 1)  # loads kernels, compiles
+        self.seconds(f, 1)  # loads kernels
         first = self.seconds(f, 1)
         calls = max(1, min(20, int(0.2 / first)))
         seconds = [self.seconds(f, calls) for _ in range(5)] if first < 2 else [first]
@@ -130,13 +130,12 @@ def bench_step(table: Table, name: str, flags: list[str], crop: int = data.CROP)
         measured = table.measure(step)
         whole = measured[0]
         note = f"{1 / whole:.1f} steps/s, {2 * s.batch / whole:.0f} slices/s"
-        if not s.compile:
-            with FlopCounterMode(display=False) as counter:
-                step()
-            rate = counter.get_total_flops() / whole
-            note += f", {rate / 1e12:.3f} TFLOP/s = {rate / table.peak:.1%} of the bare product"
+        with FlopCounterMode(display=False) as counter:
+            step()
+        rate = counter.get_total_flops() / whole
+        note += f", {rate / 1e12:.3f} TFLOP/s = {rate / table.peak:.1%} of the bare product"
         table.row(f"{name}: step", measured, note)
-        if s.compile or s.perturb != "qpm":
+        if s.perturb != "qpm":
             return
         measured = table.measure(load)
         table.row(f"{name}: loader", measured, f"{measured[0] / whole:.1%} of the step")
@@ -228,8 +227,6 @@ def main(arguments: list[str] | None = None) -> None:
                                            (65536, 32768)]
     parts += [(bench_search, K, N) for K, N in sizes]
     parts += [(bench_qpm, *sizes[0])]
-    if not args.quick:
-        parts += [(bench_step, f"{default}, --compile", ["--compile"])]
     for part, *sizes in parts:
         try:
             part(table, *sizes)
