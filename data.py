@@ -12,6 +12,7 @@ The paper does not say:
     blur, noise. Both have the same geometry: the pseudo-label fits the student's view.
 """
 
+import gzip
 import importlib
 import json
 import re
@@ -72,7 +73,7 @@ class Dataset(NamedTuple):
     cases: list[Case]
     images: Tensor  # (N,G,G) float32 or float16 in [0,1]
     masks: Tensor  # (N,G,G) uint8; 0 where a case has no mask
-    unit: str = "voxels"  # of distances: the field's protocol; mm for a set of one's own
+    unit: str  # of distances: voxels in the field's protocol, mm for a set of one's own
 
     def part(self, part: str) -> list[Case]:
         """The cases of train, val or test, in the order of the split."""
@@ -123,7 +124,7 @@ def load_prepared(folder: Path) -> Dataset:
         dataset = Dataset(**about, cases=cases, images=images, masks=masks)
         return checks.intact(dataset) if checks else dataset
     except Exception as error:  # a damaged file can fail in any way
-        raise BadInput(f"{folder}: damaged ({error}); run extras.prepare again") from None
+        raise BadInput(f"{folder}: unreadable ({error}); allow it, or prepare it again") from None
 
 def read_acdc(root: Path, parts: tuple[str, ...]) -> tuple[list[Case], list[np.ndarray]]:
     """patientNNN/patientNNN_frameXX[_gt].nii[.gz], also below training/, testing/ or database/."""
@@ -145,16 +146,18 @@ def read_acdc(root: Path, parts: tuple[str, ...]) -> tuple[list[Case], list[np.n
 
 def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     """(Z,H,W) voxels and (z,y,x) spacing in mm by pixdim: ACDC's sform has unit scales."""
-    try:  # nib.load would not find p1.Nii.gz
-        file = nib.Nifti1Image.from_file_map({"image": nib.FileHolder(path)})
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):  # nibabel would not look at the checksum
+            content = gzip.decompress(content)
+        file = nib.Nifti1Image.from_bytes(content)
         voxels = np.asarray(file.dataobj)
         if voxels.ndim != 3 or 0 in voxels.shape:
             raise ValueError(f"shape {voxels.shape} is not (x, y, z)")
         if voxels.dtype.kind not in "iufb" or not np.isfinite(voxels).all():
             raise ValueError("voxels are no finite numbers")
     except Exception as error:  # a damaged file can fail in any way
-        fault = str(error).split("\n")[0] or type(error).__name__
-        raise BadInput(f"{path}: not as downloaded ({fault}); copy it again") from None
+        raise BadInput(f"{path}: unreadable ({error!r}); allow it, or copy it again") from None
     return voxels.T, tuple(float(s) for s in file.header.get_zooms()[::-1])
 
 def read_mask(case: Case, classes: int) -> np.ndarray:
@@ -183,7 +186,7 @@ def stack(cases: list[Case], volumes: list[np.ndarray], split: dict, labeled: in
     cases = [case._replace(first=row) for case, row in zip(cases, first)]
     images = torch.cat([to_grid(torch.from_numpy(scale(volume))) for volume in volumes])
     masks = torch.cat([to_grid(torch.from_numpy(read_mask(c, len(CLASSES)))) for c in cases])
-    return Dataset(CLASSES, split, labeled, EVAL_CROP, None, cases, images, masks)
+    return Dataset(CLASSES, split, labeled, EVAL_CROP, None, cases, images, masks, "voxels")
 
 def fit(height: int, width: int) -> tuple[int, int, int, int]:
     """Where a native slice lies on the grid: top, left, h, w in pixels."""

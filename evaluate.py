@@ -15,9 +15,11 @@ The paper does not say which distances it takes. Ours are medpy's, in voxels, as
 
 import argparse
 import csv
+import io
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -109,12 +111,9 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
     rows = []
     for k, label in enumerate(labels[1:], start=1):
         p, t = prediction == k, truth == k
-        hd, sd = math.nan, math.nan
-        if distances:  # the search once for both
-            found = surface_distances(p, t, spacing)
-            hd, sd = float(np.percentile(np.concatenate(found), 95)), float(found[0].mean())
-        empty = bool(t.any() and not p.any())
-        rows.append(Row(case, label, dice(p, t), jaccard(p, t), hd, sd, empty))
+        found = surface_distances(p, t, spacing) if distances else ([math.nan], [math.nan])
+        hd, sd = float(np.percentile(np.concatenate(found), 95)), float(np.mean(found[0]))
+        rows.append(Row(case, label, dice(p, t), jaccard(p, t), hd, sd, t.any() and not p.any()))
     return rows
 
 @torch.no_grad()
@@ -169,8 +168,9 @@ def table(rows: list[Row]) -> str:
 def report(path: Path, rows: list[Row], saved: dict, unit: str, how: str = PROTOCOL) -> None:
     """The rows into a CSV file; the table, and what it is of, on the screen."""
     head = [f"{name}_{unit}" if name in ("hd95", "asd") else name for name in Row._fields]
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([head, *rows])
+    text = io.StringIO()
+    csv.writer(text).writerows([head, *rows])
+    save(path, text.getvalue().encode(errors="backslashreplace"))
     print(f"\n{path}: teacher of step {saved['step']}, the best on validation; {how}, distances in "
           f"{unit}\nfoundation model: {saved['fm']}\n{table(rows)}")
 
@@ -196,42 +196,49 @@ def score_run(run: Path, part: str, device: torch.device, root: str = "", unit: 
 
 def command(name: str, run, remedy: str) -> None:
     """Runs a command line. What its user has to correct is one line on stderr, exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")  # of letters that it does not have
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # of letters that it does not have
     try:
         run()
     except (KeyboardInterrupt, BrokenPipeError):  # of `| head`
         sys.exit(f"{name}: stopped; a training continues with --resume RUN")
-    except (BadInput, OSError, FloatingPointError, ImportError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # not a lack of memory
+    except (BadInput, OSError, ImportError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError) or "alloc" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
             raise
         end = f"; {remedy}" if isinstance(error, OSError) else ""
-        if "allocate" in str(error):
-            end = "; not enough memory: a smaller --batch or --width needs less"
+        if memory and not isinstance(error, BadInput):
+            end = "; not enough memory: training needs less with a smaller --batch or --width"
         print(f"{name}: {error}{end}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
 
-def save(path: Path, state: dict) -> None:
-    """Whole or not at all: a crash while writing leaves the previous file."""
+def save(path: Path, content: dict | bytes) -> None:
+    """A checkpoint or a file, whole or not at all: a crash leaves the previous file."""
+    part = path.with_suffix(".tmp")
     try:
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        if isinstance(content, dict):
+            torch.save(content, part)
+        else:
+            part.write_bytes(content)
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk
-        raise BadInput(f"{path}: {error}; make room, then --resume {path.parent}") from None
+        part.unlink(missing_ok=True)
+        raise BadInput(f"{path}: {error}; make room; to train on: --resume {path.parent}") from None
 
 def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) -> tuple:
     """The best (or last) teacher of a run, its checkpoint; what is resumed takes its state."""
     path = Path(run) / name
     try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError
         saved = torch.load(path, map_location=device, weights_only=True)
         model = VQSeg(**saved["network"]).to(device)
         model.load_state_dict(saved["teacher"])
         for part, module in resumed.items():
             module.load_state_dict(saved[part])
     except Exception as error:  # a foreign file can fail in any way
-        fault = f"no checkpoint of this version ({type(error).__name__})"
-        raise BadInput(f"{path}: {fault}; give a run folder of train.py, readable") from None
+        fault = f"no whole checkpoint of this version ({type(error).__name__})"
+        raise BadInput(f"{path}: {fault}; copy it again, or give another run") from None
     return model.eval(), saved
 
 def join_processes(name: str) -> tuple[int, int, torch.device]:
@@ -265,7 +272,7 @@ def summary(step: int, window: list[dict[str, Tensor]], codebook_size: int) -> d
         values = torch.stack([terms[name] for terms in window if name in terms])
         record[name] = round(values.float().mean().item(), 5)
     if not math.isfinite(record["loss"]):
-        raise FloatingPointError(f"step {step}: the loss is not finite: {record}")
+        raise BadInput(f"step {step}: the loss is not finite: {record}; try a smaller --lr")
     if "indices" in window[-1] and codebook_size:
         indices = torch.cat([terms["indices"].flatten() for terms in window])
         record["used"], perplexity = usage(indices.bincount(minlength=codebook_size))

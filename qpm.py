@@ -30,10 +30,6 @@ def uniform_prior(codebook_size: int) -> Tensor:
     """Eq. 3: P(c_i) = 1/K, (K,) float64."""
     return torch.full((codebook_size,), 1 / codebook_size, dtype=torch.float64)
 
-def log_closeness(d: Tensor, temperature: float) -> Tensor:
-    """log of Eq. 4's exp(-d(c_i,c_j)/T), how much c_j is wanted in place of c_i. Any shape."""
-    return -d / temperature
-
 def transition_rows(indices: Tensor, codebook: Tensor, eps: float,
                     temperature: float = 1.0) -> Tensor:
     """Eq. 4, rows pi(.|i) for the given i: indices (N,), codebook (K,D) -> (N,K), rows sum to 1.
@@ -43,7 +39,7 @@ def transition_rows(indices: Tensor, codebook: Tensor, eps: float,
     """
     check(eps, temperature, len(codebook))
     own = indices[:, None]
-    logs = log_closeness(torch.cdist(codebook[indices], codebook), temperature)  # (N,K)
+    logs = -torch.cdist(codebook[indices], codebook) / temperature  # (N,K)
     others = logs.scatter(1, own, -math.inf).softmax(1)  # j = i takes no part in Z_i
     return (eps * others).scatter(1, own, 1 - eps)
 
@@ -86,7 +82,7 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
         j = torch.randint(K - 1, (len(pending), PROPOSALS), **uniform)
         j += j >= i  # skips i itself: uniform over the K - 1 others
         d = torch.linalg.vector_norm(codebook[i] - codebook[j], dim=2)  # (n,PROPOSALS)
-        accepted = torch.rand(j.shape, **uniform) < log_closeness(d, temperature).exp()
+        accepted = torch.rand(j.shape, **uniform) < (-d / temperature).exp()
         first = accepted.byte().argmax(1, keepdim=True)  # (n,1)
         out[pending] = torch.where(accepted.any(1), j.gather(1, first)[:, 0], i[:, 0])
         pending = pending[~accepted.any(1)]

@@ -40,8 +40,7 @@ def option(default, help: str, choices=None, low: float = 0, high: float = math.
 
 @dataclass
 class Settings:
-    """Each field is a flag of the command line. Defaults stand here and nowhere else.
-    The highest batch, codebook_size, width and seed keep PyTorch from an overflow."""
+    """Each field is a flag; defaults stand here alone. `high` keeps PyTorch from an overflow."""
 
     data: str = option("phantom", "phantom, acdc, or a folder written by extras.prepare")
     root: str = option("", "folder of acdc as downloaded; empty = ./acdc")
@@ -171,10 +170,10 @@ def train(s: Settings) -> Path:
                 evaluate.save(run / "best.pt", state)
             best = max(best, dice)
             state |= {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-            if rank == 0:
+            if rank == 0:  # last.pt at the end: what a crash leaves out is done again
+                text = "".join(json.dumps(record) + "\n" for record in log)
+                evaluate.save(run / "log.jsonl", text.encode())
                 evaluate.save(run / "last.pt", state | {"best": best, "log": log})
-                lines = [json.dumps(record) + "\n" for record in log]
-                (run / "log.jsonl").write_text("".join(lines), encoding="utf-8")
     if rank == 0:
         evaluate.score_run(run, "val", device, s.root)
     if world > 1:
@@ -250,7 +249,7 @@ def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
         run.mkdir(parents=True, exist_ok=True)
         commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
         config = about | {"commit": commit, "torch": torch.__version__, "command": sys.argv}
-        (run / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        evaluate.save(run / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     return run, 0, -1.0, []
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
@@ -271,7 +270,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
             base = json.loads(Path(given["resume"], "config.json").read_bytes())["settings"]
             base = {f.name: f.type(base[f.name]) for f in fields(Settings)}
         except Exception:  # a damaged file can fail in any way
-            raise BadInput(f"--resume {given['resume']}: no readable run; start one") from None
+            raise BadInput(f"--resume {given['resume']}: no readable run; begin anew") from None
         for name in given.keys() - {"resume", "root", "device"}:
             if given[name] != base[name]:
                 values = f"{given[name]}: RUN began with {base[name]}; leave it out"

@@ -28,15 +28,13 @@ class Quantized(NamedTuple):
 
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     """Eq. 2: i = argmin_k || z - c_k ||_2. z (...,D), codebook (K,D) -> (...) int64."""
-    K, D = codebook.shape
-    if z.shape[-1] != D:
-        raise ValueError(f"tokens have {z.shape[-1]} channels but codewords have {D}")
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         # ||z - c||^2 = ||z||^2 - 2 (z.c - ||c||^2 / 2): the nearest c has the largest bracket.
         codebook = codebook.float()
         half_squares = codebook.square().sum(1) / 2  # (K,)
         # Chunks of tokens, so that no table is larger than 64 MB for any number of tokens.
-        chunks = z.float().reshape(-1, D).split(max(1, 2**24 // K))
+        tokens = z.float().reshape(-1, z.shape[-1])  # (N,D)
+        chunks = tokens.split(max(1, 2**24 // len(codebook)))
         brackets = (torch.addmm(half_squares, chunk, codebook.T, beta=-1) for chunk in chunks)
         return torch.cat([bracket.max(1).indices for bracket in brackets]).reshape(z.shape[:-1])
 

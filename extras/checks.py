@@ -37,6 +37,7 @@ def intact(d: Dataset) -> Dataset:
         "eval_crop": d.eval_crop in range(16, data.GRID + 1, 16),
         "window": d.window is None or d.window[0] < d.window[1],
         "unit": d.unit in ("mm", "voxels"),
+        "patients": {c.patient for c in d.cases} == set(patients),
         "names": all(isinstance(name, str) for name in names),
         "shape": all(isinstance(n, int) and n > 0 for n in sizes),
         "spacing": all(len(c.spacing) == len(c.shape) == 3 and min(c.spacing) > 0 for c in d.cases),
@@ -68,7 +69,9 @@ def check_start(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device
     began = json.loads((run / "config.json").read_bytes())
     for part in ("train", "val"):
         same_volumes(began, dataset, part)
-    warn(dataset, saved["settings"]["labeled"])
+    if saved["settings"]["resume"] and (run / "last.pt").exists():
+        same_settings(run, began["settings"])
+    warn(dataset, saved["settings"]["labeled"], saved["settings"]["root"])
     for left in run.glob(".rehearsal-*"):  # of a run that was killed in it
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -77,6 +80,15 @@ def check_start(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device
     except OSError as error:
         remedy = "allow it, or begin in another folder with --out"
         raise BadInput(f"{run}: cannot be written ({error.strerror or error}); {remedy}") from None
+
+
+def same_settings(run: Path, settings: dict) -> None:
+    """Raises where the record of a run was changed after it began."""
+    last = torch.load(run / "last.pt", map_location="cpu", weights_only=True, mmap=True)
+    for name, value in last["settings"].items():
+        if settings[name] != value and name not in ("resume", "root", "device"):
+            differ = f"{name} is {settings[name]}, but {value} in last.pt"
+            raise BadInput(f"{run}/config.json: {differ}; correct it, or begin another run")
 
 
 def before_scoring(saved: dict, dataset: Dataset, part: str, table: Path) -> None:
@@ -105,13 +117,14 @@ def rehearse(folder: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device
         figures.draw_run(folder, teacher, one, "val", rows, device)
 
 
-def warn(dataset: Dataset, labeled: int) -> None:
-    """Says what makes a result worth little."""
+def warn(dataset: Dataset, labeled: int, folder: str) -> None:
+    """Says what makes a result worth little. folder: of a prepared set."""
     shown: set[int] = set()
     for case in dataset.training(labeled)[0]:  # one by one: together they may exceed memory
         shown |= set(dataset.masks[case.first : case.first + case.shape[0]].unique().tolist())
     if max(shown) >= len(dataset.labels):
-        raise BadInput(f"masks.npy: holds the value {max(shown)}; run extras.prepare again")
+        fault = f"holds the value {max(shown)}; run extras.prepare again"
+        raise BadInput(f"{folder}/masks.npy: {fault}")
     for k in sorted(set(range(len(dataset.labels))) - shown):
         print(f"WARNING: no labeled slice shows {dataset.labels[k]}; it cannot be learned")
     count = len({case.patient for case in dataset.part("val")})
@@ -130,7 +143,7 @@ def same_volumes(began: dict, dataset: Dataset, part: str) -> None:
         known = of_part(began.get("volumes", {}))  # none of a part that was not read: ACDC's test
         found = of_part({c.name: [c.patient, *c.shape] for c in dataset.cases})
     except Exception:  # a record that was damaged can fail in any way
-        raise BadInput("config.json: its volumes or split are damaged; begin another run") from None
+        raise BadInput("the run's record of its volumes is damaged; begin another run") from None
     differ = sorted(name for name in known if found.get(name) != known[name])
     differ += sorted(found.keys() - known.keys()) if known else []
     if differ:

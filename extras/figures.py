@@ -9,6 +9,7 @@ Pictures are made without pyplot, so that no display or backend matters.
 """
 
 import argparse
+import io
 import json
 import math
 import os
@@ -46,6 +47,12 @@ def show(axis, image, mask=None, classes: int = 4, aspect: float = 1.0) -> None:
                     aspect=aspect, interpolation="nearest")
 
 
+def write(figure: Figure, path: Path, dpi: int) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=dpi)
+    evaluate.save(path, picture.getvalue())
+
+
 def printable(name: str) -> str:
     """A name that can be drawn: odd bytes escaped, and no formula where it holds a $."""
     return name.encode(errors="backslashreplace").decode().replace("$", r"\$")
@@ -56,9 +63,6 @@ def legend(figure: Figure, labels: list[str]) -> None:
     colors = [COLORS[k % len(COLORS)] for k in range(len(labels) - 1)]
     patches = [Patch(color=color, label=printable(name)) for color, name in zip(colors, labels[1:])]
     figure.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8)
-
-
-# -- The pictures of a run -----------------------------------------------------------------------
 
 
 def draw_run(run: Path, model: VQSeg, dataset: Dataset, part: str, rows: list, device) -> None:
@@ -96,14 +100,16 @@ def draw_predictions(path: Path, model: VQSeg, dataset: Dataset, part: str, rows
     for axis, name in zip(axes[:, 0], ("image", "expert", "prediction")):
         axis.set_ylabel(name)
     legend(figure, dataset.labels)
-    figure.savefig(path, dpi=70)
+    write(figure, path, 70)
 
 
 def draw_curves(path: Path, log: Path) -> None:
     """The terms of Eq. 12, the use of the codebook and the validation Dice over a training."""
-    lines = []
-    if log.exists():
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    try:
+        text = log.read_text(encoding="utf-8") if log.exists() else ""
+        lines = [json.loads(line) | {} for line in text.splitlines()]
+    except (ValueError, TypeError):
+        raise BadInput(f"{log}: damaged; remove it, and the curves are empty") from None
     panels = {"L_seg": ["seg_l", "seg_u"], "L_rec": ["rec_l", "rec_u"], "L_align": ["align"],
               "quantizer": ["vq"], "codewords in use": ["used"], "validation Dice": ["val_dice"]}
     figure = Figure(figsize=(13.5, 2.6), layout="constrained")
@@ -116,10 +122,7 @@ def draw_curves(path: Path, log: Path) -> None:
         axis.set_xlabel("step", fontsize=8)
         if len(names) > 1 and axis.lines:
             axis.legend(fontsize=7)
-    figure.savefig(path, dpi=70)
-
-
-# -- Figure 2: one slice on its way through the network ------------------------------------------
+    write(figure, path, 70)
 
 
 @torch.no_grad()
@@ -153,10 +156,7 @@ def draw_model(path: Path, model: VQSeg, dataset: Dataset, temperature: float) -
         axis.set_title(title, fontsize=10)
         axis.set(xticks=[], yticks=[])
     legend(figure, dataset.labels)
-    figure.savefig(path, dpi=90)
-
-
-# -- Figure 3, Eq. 1 against Eq. 6, and the scale of d -------------------------------------------
+    write(figure, path, 90)
 
 
 def figure_3_codebook() -> Tensor:
@@ -215,10 +215,7 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
     right.axvline(1, color="gray", lw=0.8)
     right.set(title="effective neighbors of Eq. 4", xlabel="temperature T")
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=75)
-
-
-# -- Appendix E: the codebook --------------------------------------------------------------------
+    write(figure, path, 75)
 
 
 @torch.no_grad()
@@ -248,7 +245,7 @@ def draw_codebook(path: Path, models: dict[str, VQSeg], dataset: Dataset) -> Non
         axis.set_title(f"{title}: {share:.1%} of {len(active)} in use", fontsize=9)
         axis.legend(fontsize=8, loc="upper right")
         print(f"codebook {title}: {share:.1%} of {len(active)} codewords in use")
-    figure.savefig(path, dpi=75)
+    write(figure, path, 75)
 
 
 def draw_views(path: Path, dataset: Dataset) -> None:
@@ -266,7 +263,7 @@ def draw_views(path: Path, dataset: Dataset) -> None:
     for axis, name in zip(axes[:, 0], ("slice on the grid", "weak view", "strong view")):
         axis.set_ylabel(name)
     legend(figure, dataset.labels)
-    figure.savefig(path, dpi=60)
+    write(figure, path, 60)
 
 
 def main() -> None:

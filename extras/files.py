@@ -76,6 +76,17 @@ def fault(path: Path, error: Exception) -> str:
     return f"damaged ({reason}); copy the file again"
 
 
+def check_whole(path: Path) -> None:
+    """Raises where a compressed file is damaged: nibabel does not look at the checksum."""
+    if path.name.lower().endswith(".gz"):
+        try:
+            with gzip.open(path) as file:
+                while file.read(2**22):
+                    pass
+        except (OSError, EOFError, zlib.error) as error:
+            raise BadInput(f"{path}: {fault(path, error)}") from None
+
+
 def what_it_is(path: Path) -> str:
     """Of a file that does not open as NIfTI: what it is instead, and the remedy."""
     try:
@@ -114,6 +125,8 @@ def load_nifti(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
         image = kinds[0].from_file_map({"image": nib.FileHolder(path)}, keep_file_open=True)
         # The header as it is: nibabel makes 1 mm of a voxel size of 0.
         header = kinds[0].header_class(start[: image.header.sizeof_hdr], check=False)
+        if not np.isfinite(image.affine).all():
+            raise ValueError
         sform = image.header.get_sform(coded=True)[0]
         image.header.get_qform(coded=True)  # fails for a quaternion that is none
     except Exception:  # a damaged file can make a library fail in any way
@@ -184,6 +197,7 @@ def open_slice(path: Path) -> Volume:
         if NPY.search(path.name):
             with open(path, "rb") as file:
                 return np.lib.format.read_array(file)
+        Image.open(path).verify()  # the checksums, at which reading does not look
         image = Image.open(path)
         return np.asarray(image.convert("RGB") if image.mode == "P" else image)
 

@@ -48,7 +48,7 @@ def nnunet_classes(file: Path) -> list[tuple[str, int]]:
         return sorted([(str(name), int(str(number))) for name, number in pairs],
                       key=lambda pair: pair[1])
     except Exception:  # a damaged file can fail in any way
-        remedy = "correct it, or give --classes"
+        remedy = "allow it to be read, correct it, or give --classes"
         raise BadInput(f"{file}: has no labels as nnU-Net writes them; {remedy}") from None
 
 
@@ -91,13 +91,17 @@ def mask_slabs(source: Source, image: Volume, values: list[int]) -> Iterator[np.
     order = np.argsort(values)
     ordered = np.array(values)[order]
     listed = ", ".join(map(str, values))
+    first = 0  # slice of this slab
     for slab in map(snapped, slabs(mask)):
         place = np.searchsorted(ordered, slab).clip(max=len(values) - 1)
-        wrong = slab[ordered[place] != slab]
+        wrong = np.argwhere(ordered[place] != slab)
         if len(wrong):
-            value = f"{wrong[0]:.9g}"
+            value = f"{slab[tuple(wrong[0])]:.9g}"
             remedy = "change the mask, to whole numbers from 0 on"
             if value.isdecimal():
                 remedy = f"change the mask, or name the value: --classes background=0,NAME={value}"
+            if len(source.masks) > 1:  # a file for each slice
+                path = source.masks[first + wrong[0, 0]]
             raise BadInput(f"{path}: label value {value} is not one of {listed}; {remedy}")
         yield order[place].astype(np.uint8)
+        first += len(slab)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data import BadInput
-from extras.figures import Figure  # by way of it: it sets the backend before the import
+from extras.figures import Figure, write  # by way of it: it sets the backend before the import
 
 
 def draw_sweep(groups: list, name: str, path: Path) -> None:
@@ -38,7 +38,7 @@ def draw_sweep(groups: list, name: str, path: Path) -> None:
     axis.set(xticks=range(len(places)), xticklabels=[f"{k:g}" for k in places], xlabel=name)
     axis.set_ylabel("validation Dice, mean and std over seeds")
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    write(figure, path, 100)
 
 
 def draw_gain(groups: list, path: Path) -> None:
@@ -72,4 +72,4 @@ def draw_gain(groups: list, path: Path) -> None:
     axis.set_xlabel("token dependence: Dice lost when every token is exchanged")
     axis.set_ylabel("Dice over no perturbation, paired")
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    write(figure, path, 100)

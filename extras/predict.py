@@ -31,7 +31,7 @@ from data import BadInput
 from evaluate import Model
 from extras.checks import writable
 from extras.figures import Figure, legend, show
-from extras.files import FOREIGN, NIFTI, load_nifti, voxels
+from extras.files import FOREIGN, NIFTI, check_whole, load_nifti, voxels
 from extras.layouts import leave, listing
 from model import VQSeg
 
@@ -154,6 +154,7 @@ def read_scan(path: Path) -> tuple[nib.Nifti1Image, list[float], np.ndarray]:
     file, sides = load_nifti(path)
     if len(file.shape) not in (3, 4) or 0 in file.shape:
         raise BadInput(f"{path}: has shape {file.shape}; store it as (x, y, z) or (x, y, z, t)")
+    check_whole(path)
     found = voxels(path, lambda: file.dataobj)
     return file, sides.tolist(), found.reshape(*found.shape[:3], -1).T
 

@@ -29,7 +29,7 @@ import torch
 import data
 import evaluate
 from data import BadInput
-from extras.files import fault, open_volume, slabs
+from extras.files import check_whole, fault, open_volume, slabs
 from extras.layouts import Source, find, leave, text
 from extras.masks import class_names, mask_slabs
 
@@ -61,7 +61,8 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
         split["train"].sort(key=lambda patient: patient not in masked)
     for patient, times in Counter(sum(split.values(), [])).items():
         if times > 1:
-            raise BadInput(f"{patient}: is in two of train, val and test; leave it in one")
+            place = root / "split.txt" if (root / "split.txt").exists() else root
+            raise BadInput(f"{place}: {patient} is twice in train, val and test; leave it in once")
     if not set(split["train"]) & set(masked) or not set(split["val"]) & set(masked):
         raise BadInput(f"{root}: train and val need a patient with a mask each; add masks")
     for part, some in split.items():
@@ -115,38 +116,42 @@ def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
 def write(sources: list[Source], folder: Path, values: list[int], window, bits: int) -> list[dict]:
     """images.npy, masks.npy and masks/NUMBER.nii.gz; returns the cases of dataset.json."""
     N = sum(open_volume(source.images).shape[0] for source in sources)
-    kind = np.uint8 if bits == 8 else np.float16
-    size = (N, data.GRID, data.GRID)
-    # Looked at first: on a full disk a memory-mapped array ends the process without a word.
-    needed = (np.dtype(kind).itemsize + 1) * N * data.GRID**2
+    kind = np.dtype(np.uint8 if bits == 8 else np.float16)
+    needed = (kind.itemsize + 1) * N * data.GRID**2
     if shutil.disk_usage(folder).free < needed:
         raise BadInput(f"--out: needs {needed / 2**30:.3f} GB; make room, or name another disk")
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", kind, size)
-    masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, size)
     (folder / "masks").mkdir()
-    cases, row = [], 0
-    for number, source in enumerate(sources, start=1):
-        volume = open_volume(source.images)  # not all at once: a process may open 1024 files
-        first = row
-        limits = window
-        if limits is None:
-            extremes = [(float(slab.min()), float(slab.max())) for slab in slabs(volume)]
-            limits = (min(low for low, _ in extremes), max(high for _, high in extremes))
-        for slab in slabs(volume):
-            grid = data.to_grid(torch.from_numpy(data.scale(slab, limits))).numpy()
-            images[row : row + len(grid)] = np.rint(grid * 255) if bits == 8 else grid
-            row += len(grid)
-        name = None
-        if source.masks:
-            native = np.concatenate(list(mask_slabs(source, volume, values)))
-            masks[first:row] = data.to_grid(torch.from_numpy(native)).numpy()
-            name = f"masks/{number:04d}.nii.gz"  # a name of its own could be one no disk can store
-            file = nib.Nifti1Image(native.T, np.diag([*volume.spacing[::-1], 1]))
-            nib.save(file, folder / name)
-        cases.append({"name": source.name, "patient": source.patient, "shape": volume.shape,
-                      "spacing": volume.spacing, "mask": name, "first": first})
-        if number % 20 == 0:
-            print(f"{number} of {len(sources)} volumes", flush=True)
+    cases, first = [], 0
+    # Not memory-mapped: where the disk is full after all, that ends the process without a word.
+    with open(folder / "images.npy", "wb") as images, open(folder / "masks.npy", "wb") as masks:
+        for file, of in ((images, kind), (masks, np.dtype(np.uint8))):
+            head = {"descr": of.str, "fortran_order": False, "shape": (N, data.GRID, data.GRID)}
+            np.lib.format.write_array_header_1_0(file, head)
+        for number, source in enumerate(sources, start=1):
+            for path in (*source.images, *(source.masks or ())):
+                check_whole(path)
+            volume = open_volume(source.images)  # not all at once: a process may open 1024 files
+            limits = window
+            if limits is None:
+                extremes = [(float(slab.min()), float(slab.max())) for slab in slabs(volume)]
+                limits = (min(low for low, _ in extremes), max(high for _, high in extremes))
+            for slab in slabs(volume):
+                grid = data.to_grid(torch.from_numpy(data.scale(slab, limits))).numpy()
+                images.write((np.rint(grid * 255) if bits == 8 else grid).astype(kind).tobytes())
+            mask = np.zeros((volume.shape[0], data.GRID, data.GRID), np.uint8)
+            name = None
+            if source.masks:
+                native = np.concatenate(list(mask_slabs(source, volume, values)))
+                mask = data.to_grid(torch.from_numpy(native)).numpy()
+                name = f"masks/{number:04d}.nii.gz"  # its own could be one no disk can store
+                affine = np.diag([*volume.spacing[::-1], 1])
+                nib.save(nib.Nifti1Image(native.T, affine), folder / name)
+            masks.write(mask.tobytes())
+            cases.append({"name": source.name, "patient": source.patient, "shape": volume.shape,
+                          "spacing": volume.spacing, "mask": name, "first": first})
+            first += volume.shape[0]
+            if number % 20 == 0:
+                print(f"{number} of {len(sources)} volumes", flush=True)
     return cases
 
 
@@ -223,11 +228,15 @@ def write_phantoms(folder: Path) -> None:
     if folder.exists():
         raise BadInput(f"--phantoms {folder}: already exists; not overwriting")
     cases, volumes = data.phantoms(("train", "val", "test"))
-    for case, volume in zip(cases, volumes):
-        for place, array in (("images", volume.astype(np.int16)), ("labels", case.mask)):
-            (folder / place).mkdir(parents=True, exist_ok=True)
-            affine = np.diag([*case.spacing[::-1], 1])
-            nib.save(nib.Nifti1Image(array.T, affine), folder / place / f"{case.name}.nii.gz")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+        for case, volume in zip(cases, volumes):
+            for place, array in (("images", volume.astype(np.int16)), ("labels", case.mask)):
+                file = Path(temporary, "set", place, f"{case.name}.nii.gz")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                affine = np.diag([*case.spacing[::-1], 1])
+                nib.save(nib.Nifti1Image(array.T, affine), file)
+        shutil.move(Path(temporary, "set"), folder)  # whole or not at all
     print(f"wrote {len(cases)} volumes in {folder}/images and {folder}/labels")
 
 
@@ -250,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.phantoms and not (args.source and args.out):
         parser.error("SOURCE and --out are needed")
     run = partial(write_phantoms, args.phantoms) if args.phantoms else partial(prepare, args)
-    evaluate.command("extras.prepare", run, "allow it, or name another folder with --out")
+    evaluate.command("extras.prepare", run, "make room, allow it, or change --out")
 
 
 if __name__ == "__main__":

@@ -144,6 +144,18 @@ def spoil_dimensions(root):
     nib.save(nib.Nifti1Image(image, np.eye(4)), path)
 
 
+def spoil_checksum(root):
+    path = root / "training" / "patient001" / "patient001_frame01.nii.gz"
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # the checksum of what is compressed, at which nibabel does not look
+    path.write_bytes(content)
+
+
+def spoil_end(root):
+    path = root / "training" / "patient001" / "patient001_frame01.nii.gz"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
 def spoil_bytes(root):
     (root / "training" / "patient001" / "patient001_frame01.nii.gz").write_bytes(b"cut off")
 
@@ -154,9 +166,11 @@ def spoil_bytes(root):
     (add_twin, "patient001 is not as downloaded"),
     (spoil_label, r"frame01_gt.nii.gz: label value 4 is not one of 0 to 3; change the labels"),
     (spoil_shape, r"frame01_gt.nii.gz: has shape \(16, 24, 3\), its image \(24, 16, 3\)"),
-    (spoil_voxels, r"frame01.nii.gz: not as downloaded \(voxels are no finite.*; copy it again"),
-    (spoil_dimensions, r"\(shape \(24, 16, 3, 2\) is not \(x, y, z\)\); copy it again"),
-    (spoil_bytes, "frame01.nii.gz: not as downloaded .*; copy it again"),
+    (spoil_voxels, r"frame01.nii.gz: unreadable \(.*voxels are no finite.*or copy it again"),
+    (spoil_dimensions, r"shape \(24, 16, 3, 2\) is not \(x, y, z\)'\)\); allow it, or copy it"),
+    (spoil_checksum, r"frame01.nii.gz: unreadable \(BadGzipFile"),
+    (spoil_end, r"frame01.nii.gz: unreadable \(EOFError"),
+    (spoil_bytes, "frame01.nii.gz: unreadable .*; allow it, or copy it again"),
 ])
 def test_bad_files_are_named_with_their_remedy(acdc, spoil, said):
     spoil(acdc)
@@ -192,7 +206,7 @@ def prepared(tmp_path):
                                        ("c", "masks/a.nii.gz", 4))]
     split = {"train": ["a", "b"], "val": ["c"], "test": []}
     about = {"labels": ["background", "heart"], "split": split, "labeled": 1, "eval_crop": 240,
-             "window": None, "cases": cases}
+             "window": None, "cases": cases, "unit": "mm"}
     (tmp_path / "dataset.json").write_text(json.dumps(about))
     return tmp_path
 
@@ -218,7 +232,7 @@ def test_a_part_without_patients_is_refused(prepared):
 
 def test_a_damaged_prepared_set_is_named(prepared):
     (prepared / "dataset.json").write_text("{")
-    with pytest.raises(BadInput, match="damaged .*; run extras.prepare again"):
+    with pytest.raises(BadInput, match="unreadable .*; allow it, or prepare it again"):
         data.load(str(prepared))
 
 
@@ -268,7 +282,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def test_a_batch_has_slices_of_the_given_rows_with_their_masks():
     pixels = torch.rand(6, 240, 240, generator=seeded())
     masks = (pixels > 0.8).to(torch.uint8)
-    dataset = data.Dataset(data.CLASSES, {}, 1, 240, None, [], pixels, masks)
+    dataset = data.Dataset(data.CLASSES, {}, 1, 240, None, [], pixels, masks, "mm")
     images, masks = data.batch(dataset, torch.tensor([1, 3]), 16, seeded())
     for image, mask in zip(images[:, 0], masks):
         row = next(row for row in (1, 3) if torch.equal(dataset.images[row], image))

@@ -38,7 +38,7 @@ def built(*flags: str):
     """Settings, student, teacher, foundation model, optimizer."""
     s = train.read_settings([*SMALL, *flags])
     nothing = torch.empty(0)
-    dataset = data.Dataset(data.CLASSES, {}, 3, 160, None, [], nothing, nothing)
+    dataset = data.Dataset(data.CLASSES, {}, 3, 160, None, [], nothing, nothing, "voxels")
     return s, *train.build(s, dataset, CPU)[:4]
 
 
@@ -400,7 +400,7 @@ def test_best_pt_is_the_teacher_with_the_best_validation(unscored, tmp_path, mon
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "total_loss", lambda l_db, l_align, lambda_a: l_db * math.nan)
     monkeypatch.setattr(data, "extra", lambda name: None)
-    with pytest.raises(FloatingPointError, match="step 1: the loss is not finite"):
+    with pytest.raises(BadInput, match="step 1: the loss is not finite.*a smaller --lr"):
         run(tmp_path)
 
 
@@ -466,14 +466,14 @@ def test_resume_takes_the_runs_own_flags(finished):
 def test_resume_of_a_folder_without_a_run_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BadInput, match="--resume .* no readable run; start one"):
+        with pytest.raises(BadInput, match="--resume .* no readable run; begin anew"):
             train.read_settings(["--resume", str(folder)])
 
 
 @pytest.mark.parametrize("name, value, said", [
     ("perturb", "x", "--perturb x: must be one of"), ("encoder", "v1", "--encoder v1: must be one"),
-    ("steps", "a", "no readable run; start one"), ("seed", None, "no readable run; start one"),
-    ("width", [4], "no readable run; start one")])
+    ("steps", "a", "no readable run; begin anew"), ("seed", None, "no readable run; begin anew"),
+    ("width", [4], "no readable run; begin anew")])
 def test_resume_of_a_damaged_record_is_refused(finished, tmp_path, name, value, said):
     record = json.loads((finished[0] / "config.json").read_text())
     record["settings"][name] = value
@@ -487,8 +487,37 @@ def test_resume_of_a_record_that_does_not_fit_the_checkpoint_is_refused(finished
     record["settings"]["codebook_size"] = 99
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes())
-    with pytest.raises(BadInput, match="last.pt: no checkpoint of this version"):
+    with pytest.raises(BadInput, match="last.pt: no whole checkpoint of this version"):
         train.train(train.read_settings(["--resume", str(tmp_path)]))
+
+
+def test_a_checkpoint_with_one_wrong_bit_is_refused(finished, tmp_path):
+    content = bytearray((finished[0] / "best.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "best.pt").write_bytes(content)
+    with pytest.raises(BadInput, match="best.pt: no whole checkpoint of this version"):
+        evaluate.load_run(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("name, times", [("best.pt", 1), ("log.jsonl", 1), ("last.pt", 1),
+                                         ("log.jsonl", 3), ("last.pt", 3)])
+def test_what_a_crash_left_out_is_written_after_it(finished, unscored, tmp_path, monkeypatch, name,
+                                                   times):
+    save, seen = evaluate.save, []
+
+    def crash(path, content):
+        seen.append(path.name)
+        if seen.count(name) == times:
+            raise KeyboardInterrupt
+        save(path, content)
+
+    monkeypatch.setattr(evaluate, "save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(evaluate, "save", save)
+    train.train(train.read_settings(["--resume", str(tmp_path)]))
+    assert same(finished[1], torch.load(tmp_path / "last.pt"))
+    assert (tmp_path / "log.jsonl").read_bytes() == (finished[0] / "log.jsonl").read_bytes()
 
 
 def test_resume_refuses_a_flag_that_contradicts_the_run(finished):

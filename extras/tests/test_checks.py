@@ -22,7 +22,7 @@ def begin(tmp_path, hearts):
     """Records a run that begins with these data; `begin(dataset)` checks it against others."""
     network = dict(classes=4, codebook_size=8, width=4, dim=8)
     volumes = {c.name: [c.patient, *c.shape] for c in hearts.cases}
-    settings = {"labeled": 3, "resume": ""}
+    settings = {"labeled": 3, "resume": "", "root": ""}
     saved = {"settings": settings, "fm": "none", "split": hearts.split, "volumes": volumes}
     (tmp_path / "config.json").write_text(json.dumps(saved))
 
@@ -71,14 +71,14 @@ def test_data_that_are_not_those_of_the_run_are_refused(begin, hearts, changes):
 
 
 def test_a_class_that_no_labeled_slice_shows_is_warned_of(hearts, capsys):
-    checks.warn(hearts._replace(masks=hearts.masks.clamp(max=2)), 3)
+    checks.warn(hearts._replace(masks=hearts.masks.clamp(max=2)), 3, "")
     assert "no labeled slice shows LV; it cannot be learned" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count, warned", [(2, True), (3, False)])
 def test_a_small_validation_set_is_warned_of(hearts, capsys, count, warned):
     split = hearts.split | {"val": hearts.split["val"][:count]}
-    checks.warn(hearts._replace(split=split), 3)
+    checks.warn(hearts._replace(split=split), 3, "")
     assert (f"validation set has {count} patients" in capsys.readouterr().out) == warned
 
 
@@ -115,21 +115,30 @@ def test_a_prepared_set_as_it_was_written_is_opened(prepared, tmp_path):
     ("split", None), ("split", {"train": ["a"], "val": ["b"]}), ("labeled", 0), ("labeled", "1"),
     ("split", {"train": ["a", "a"], "val": ["b"], "test": []}), ("eval_crop", 17),
     ("eval_crop", "240"), ("window", [1]), ("window", [1, 1]), ("unit", "km"), ("cases", {}),
-    ("cases", None), ("more", 1)])
+    ("cases", None), ("more", 1),
+    ("split", {"train": ["a", "c"], "val": ["b"], "test": []})])
 def test_a_record_of_a_set_that_was_changed_is_one_line(prepared, tmp_path, key, value):
     (tmp_path / "dataset.json").write_text(json.dumps(prepared | {key: value}))
-    with pytest.raises(BadInput, match="damaged .*; run extras.prepare again"):
+    with pytest.raises(BadInput, match="unreadable .*; allow it, or prepare it again"):
+        data.load(str(tmp_path))
+
+
+def test_a_record_of_a_set_without_its_unit_is_one_line(prepared, tmp_path):
+    del prepared["unit"]
+    (tmp_path / "dataset.json").write_text(json.dumps(prepared))
+    with pytest.raises(BadInput, match="unreadable .*unit"):
         data.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("key, value", [
-    ("name", 3), ("patient", None), ("shape", [2, 4]), ("shape", [-2, 4, 5]), ("shape", "abc"),
-    ("shape", [300, 4, 5]), ("shape", [2.0, 4.0, 5.0]), ("spacing", None), ("spacing", [0, 1, 1]),
+    ("name", 3), ("patient", None), ("patient", "c"), ("shape", [2, 4]), ("shape", [-2, 4, 5]),
+    ("shape", "abc"), ("shape", [300, 4, 5]), ("shape", [2.0, 4.0, 5.0]), ("spacing", None),
+    ("spacing", [0, 1, 1]),
     ("first", -1), ("first", 0.0), ("first", 99), ("mask", 5)])
 def test_a_case_of_a_set_that_was_changed_is_one_line(prepared, tmp_path, key, value):
     prepared["cases"][0][key] = value
     (tmp_path / "dataset.json").write_text(json.dumps(prepared))
-    with pytest.raises(BadInput, match="damaged .*; run extras.prepare again"):
+    with pytest.raises(BadInput, match="unreadable .*; allow it, or prepare it again"):
         data.load(str(tmp_path))
 
 
@@ -145,16 +154,31 @@ def test_arrays_of_another_set_are_one_line(prepared, tmp_path, name, array):
 
 
 def test_a_mask_value_that_is_no_class_is_refused_before_training(hearts):
-    with pytest.raises(BadInput, match="masks.npy: holds the value 9; run extras.prepare again"):
-        checks.warn(hearts._replace(masks=hearts.masks.clamp(min=9)), 3)
+    with pytest.raises(BadInput, match="set/masks.npy: holds the value 9; run extras.prepare"):
+        checks.warn(hearts._replace(masks=hearts.masks.clamp(min=9)), 3, "set")
 
 
 @pytest.mark.parametrize("record", [
     {"split": None, "volumes": {"a": ["a", 1, 2, 3]}}, {"split": {"val": []}, "volumes": []},
     {"split": {"val": []}, "volumes": {"a": []}}, {"split": {"val": None}, "volumes": {"a": [1]}}])
 def test_a_record_of_a_run_that_was_damaged_is_one_line(hearts, record):
-    with pytest.raises(BadInput, match="config.json: its volumes or split are damaged; begin"):
+    with pytest.raises(BadInput, match="record of its volumes is damaged; begin another run"):
         checks.same_volumes(record, hearts, "val")
+
+
+@pytest.mark.parametrize("name, value, allowed", [
+    ("eps", 0.1, False), ("labeled", 7, False), ("root", "moved", True), ("device", "cuda", True)])
+def test_a_record_of_a_run_that_contradicts_its_checkpoint_is_refused(tmp_path, name, value,
+                                                                     allowed):
+    settings = {"eps": 0.7, "labeled": 3, "root": "here", "device": "cpu", "resume": ""}
+    torch.save({"settings": settings}, tmp_path / "last.pt")
+    checks.same_settings(tmp_path, settings)
+    changed = settings | {name: value}
+    if allowed:
+        checks.same_settings(tmp_path, changed)
+    else:
+        with pytest.raises(BadInput, match=f"config.json: {name} is {value}, but .* in last.pt"):
+            checks.same_settings(tmp_path, changed)
 
 
 # -- Places that cannot be written ---------------------------------------------------------------

@@ -10,6 +10,7 @@ from matplotlib.image import imread
 import data
 import evaluate
 import train
+from data import BadInput
 from extras import figures
 from model import VQSeg
 
@@ -75,3 +76,10 @@ def test_codeword_counts_are_those_of_brute_force(monkeypatch):
                 distances = (model.quantizer.codebook.double() - token).square().sum(1)
                 expected[int(distances.argmin())] += 1
     assert figures.codeword_counts(model, dataset).tolist() == expected
+
+
+@pytest.mark.parametrize("content", ["{", "3\n", '{"step": 1}\n\n'])
+def test_a_log_that_is_damaged_is_one_line(tmp_path, content):
+    (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(BadInput, match="log.jsonl: damaged; remove it"):
+        figures.draw_curves(tmp_path / "curves.png", tmp_path / "log.jsonl")

@@ -302,7 +302,28 @@ def spoil_voxel_size(root):
     nib.save(image, root / "images" / "p1.nii.gz")
 
 
+def spoil_affine(root):
+    file = nib.load(root / "images" / "p1.nii.gz")
+    affine = np.diag([1.5, 1.5, 8, 1])
+    affine[0, 3] = np.nan
+    nib.save(nib.Nifti1Image(np.asarray(file.dataobj), affine), root / "images" / "p1.nii.gz")
+
+
+def spoil_checksum(root):
+    content = bytearray((root / "labels" / "p1.nii.gz").read_bytes())
+    content[-8] ^= 1
+    (root / "labels" / "p1.nii.gz").write_bytes(content)
+
+
+def spoil_end(root):
+    file = root / "images" / "p1.nii.gz"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
 @pytest.mark.parametrize("spoil, said", [
+    (spoil_affine, "images/p1.nii.gz: has a damaged header; copy the file again"),
+    (spoil_checksum, "labels/p1.nii.gz: damaged (CRC check failed"),
+    (spoil_end, "images/p1.nii.gz: damaged (Compressed file ended"),
     (spoil_label, "p1.nii.gz: label value 3 is not one of 0, 1, 2; change the mask, or name the"),
     (spoil_shape, "labels/p1.nii.gz: has shape (16, 20, 3), its image (20, 16, 3)"),
     (spoil_place, "labels/p1.nii.gz: lies 40 mm beside its image; give both one affine"),
@@ -553,7 +574,7 @@ def test_a_dataset_json_that_nnunet_did_not_write_is_refused(pairs, capsys, cont
     (pairs / "labels").rename(pairs / "labelsTr")
     (pairs / "dataset.json").write_bytes(content)
     said = refusal(pairs, capsys, "--classes", "")
-    assert "dataset.json: has no labels as nnU-Net writes them; correct it" in said
+    assert "dataset.json: has no labels as nnU-Net writes them; allow it to be read" in said
 
 
 GOOD_SPLIT = "p0 train\np1 train\np2 val\np3 test\np4 train\np5 val\n"
@@ -563,7 +584,7 @@ GOOD_SPLIT = "p0 train\np1 train\np2 val\np3 test\np4 train\np5 val\n"
     (GOOD_SPLIT.encode("utf-16-le"), "save it as UTF-8"), (b"\xe9 train", "save it as UTF-8"),
     (GOOD_SPLIT.replace(" ", ",").encode(), "is not a patient of this set"),
     (GOOD_SPLIT.encode() + b"p9 train\n", "'p9 train' is not a patient"),
-    (GOOD_SPLIT.encode() + b"p0 test\n", "p0: is in two of train, val and test"),
+    (GOOD_SPLIT.encode() + b"p0 test\n", "split.txt: p0 is twice in train, val"),
     (GOOD_SPLIT.replace("val", "test").encode(), "train and val need a patient with a mask each")])
 def test_a_split_txt_that_cannot_be_followed_is_refused(pairs, capsys, content, said):
     (pairs / "split.txt").write_bytes(content)
@@ -573,6 +594,14 @@ def test_a_split_txt_that_cannot_be_followed_is_refused(pairs, capsys, content, 
 def test_a_split_txt_that_cannot_be_opened_is_not_ignored(pairs, capsys):
     (pairs / "split.txt").symlink_to(pairs / "nowhere")
     assert "split.txt: no such file; correct the path of the link" in refusal(pairs, capsys)
+
+
+def test_a_disk_that_fills_up_ends_in_one_line_and_leaves_nothing(pairs, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare.nib, "save", full)
+    assert "No space left on device; make room, allow it, or change --out" in refusal(pairs, capsys)
 
 
 def test_a_full_disk_is_noticed_before_it_is_written_to(pairs, capsys, monkeypatch):
@@ -617,6 +646,18 @@ def test_gray_pictures_are_read_and_others_refused(png, capsys, mode, read):
         assert len(run(png).cases) == 4
     else:
         assert "slice_1.png: has shape (12, 10, " in refusal(png, capsys)
+
+
+def test_a_picture_that_was_copied_in_part_is_refused(png, capsys):
+    file = png / "val" / "image" / "val_frame01_slice_1.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:100] + bytes(len(content) - 100))
+    assert "slice_1.png: damaged (" in refusal(png, capsys)
+
+
+def test_a_label_that_is_no_class_is_named_with_its_slice(png, capsys):
+    np.save(png / "val" / "mask" / "val_frame01_slice_2.npy", np.full((12, 10), 7, np.uint8))
+    assert "slice_2.npy: label value 7 is not one of" in refusal(png, capsys)
 
 
 @pytest.mark.parametrize("name", ["._val_frame01_slice_1.png", ".DS_Store", "Thumbs.db", "a.txt"])
