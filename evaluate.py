@@ -76,8 +76,7 @@ def surface(mask: np.ndarray) -> np.ndarray:
 def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
     """From each point of a to the nearest of b: (N,3), (M,3) -> (N,).
 
-    The search of Eq. 2: the nearest b has the largest a.b - |b|^2/2. The distance of the pair found
-    is then computed from the points, so that it has no rounding of the product.
+    As in Eq. 2, the nearest b has the largest a.b - |b|^2/2; its distance comes from the points.
     """
     half_squares = b.square().sum(1) / 2
     found = torch.empty(len(a), dtype=torch.long)
@@ -236,6 +235,7 @@ def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) 
         model.load_state_dict(saved["teacher"])
         for part, module in resumed.items():
             module.load_state_dict(saved[part])
+        [saved[key] for key in ("settings", "labels", "split", "fm", "window", "eval_crop")]
     except Exception as error:  # a foreign file can fail in any way
         fault = f"no whole checkpoint of this version ({type(error).__name__})"
         raise BadInput(f"{path}: {fault}; copy it again, or give another run") from None

@@ -499,6 +499,15 @@ def test_a_checkpoint_with_one_wrong_bit_is_refused(finished, tmp_path):
         evaluate.load_run(tmp_path, CPU)
 
 
+@pytest.mark.parametrize("key", ["settings", "labels", "window", "teacher"])
+def test_a_checkpoint_of_another_version_is_refused(finished, tmp_path, key):
+    saved = torch.load(finished[0] / "best.pt")
+    del saved[key]
+    torch.save(saved, tmp_path / "best.pt")
+    with pytest.raises(BadInput, match=r"no whole checkpoint of this version \(KeyError\)"):
+        evaluate.load_run(tmp_path, CPU)
+
+
 @pytest.mark.parametrize("name, times", [("best.pt", 1), ("log.jsonl", 1), ("last.pt", 1),
                                          ("log.jsonl", 3), ("last.pt", 3)])
 def test_what_a_crash_left_out_is_written_after_it(finished, unscored, tmp_path, monkeypatch, name,
