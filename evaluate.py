@@ -74,10 +74,8 @@ def surface(mask: np.ndarray) -> np.ndarray:
     return np.argwhere(padded & ~inside) - 1 + [side.start for side in box]
 
 def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
-    """From each point of a to the nearest of b: (N,3), (M,3) -> (N,).
-
-    As in Eq. 2, the nearest b has the largest a.b - |b|^2/2; its distance comes from the points.
-    """
+    """From each point of a to the nearest of b: (N,3), (M,3) -> (N,). As in Eq. 2, the nearest b
+    has the largest a.b - |b|^2/2. Its distance is then computed from the points."""
     half_squares = b.square().sum(1) / 2
     found = torch.empty(len(a), dtype=torch.long)
     rows = max(1, 2**17 // len(b))  # their table stays in the cache
@@ -203,7 +201,7 @@ def command(name: str, run, remedy: str) -> None:
         sys.exit(f"{name}: stopped; a training continues with --resume RUN")
     except (BadInput, OSError, ImportError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, MemoryError) or "alloc" in str(error)
-        if isinstance(error, RuntimeError) and not memory:
+        if isinstance(error, RuntimeError) and not memory:  # a fault of ours
             raise
         end = f"; {remedy}" if isinstance(error, OSError) else ""
         if memory and not isinstance(error, BadInput):
@@ -235,7 +233,8 @@ def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) 
         model.load_state_dict(saved["teacher"])
         for part, module in resumed.items():
             module.load_state_dict(saved[part])
-        [saved[key] for key in ("settings", "labels", "split", "fm", "window", "eval_crop")]
+        for key in ("settings", "labels", "split", "fm", "window", "eval_crop"):
+            saved[key]  # a KeyError where it is missing
     except Exception as error:  # a foreign file can fail in any way
         fault = f"no whole checkpoint of this version ({type(error).__name__})"
         raise BadInput(f"{path}: {fault}; copy it again, or give another run") from None

@@ -48,6 +48,7 @@ def show(axis, image, mask=None, classes: int = 4, aspect: float = 1.0) -> None:
 
 
 def write(figure: Figure, path: Path, dpi: int) -> None:
+    """The figure into a file, whole or not at all."""
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:], dpi=dpi)
     evaluate.save(path, picture.getvalue())
