@@ -108,6 +108,7 @@ def draw_curves(path: Path, log: Path) -> None:
     """The terms of Eq. 12, the use of the codebook and the validation Dice over a training."""
     try:
         text = log.read_text(encoding="utf-8") if log.exists() else ""
+        # "| {}" is a TypeError for a line that is no record.
         lines = [json.loads(line) | {} for line in text.splitlines()]
     except (ValueError, TypeError):
         raise BadInput(f"{log}: damaged; remove it, and the curves are empty") from None
