@@ -2,12 +2,12 @@
 
 Implements Section 3.3, Eq. 2 (nearest codeword, straight-through estimator) and the codebook
 mapping of Section 4.2 (SimVQ, Zhu et al. 2024): a frozen random table passed through one learnable
-linear map, so that each step moves all codewords and none is left behind.
+linear map, so that each step moves all codewords, also those that no token has.
 
 The paper does not say:
   - how the codebook gets a gradient; the straight-through estimator gives it none. We add the usual
     codebook loss (codewords move to tokens) and commitment loss (tokens move to codewords).
-  - how a codebook stays in use. Ours needs `usage_loss` for it, as the authors' release does.
+  - how a codebook stays in use. We add `usage_loss`, as the authors' release does.
   - the length of a codeword. Ours have unit length, and so have the tokens: the distances of Eq. 2
     and Eq. 4 lie in [0, 2], and one temperature suits a whole run.
 """
@@ -72,7 +72,7 @@ class VectorQuantizer(nn.Module):
     """K codewords of D channels. The codebook is Linear(frozen table), each row of unit length.
     K = 0 is a control: the tokens stay as they are."""
 
-    USAGE_TOKENS = 64  # of each image, for the usage term, whose (tokens, K) table is large
+    USAGE_TOKENS = 64  # about, of each image, for the usage term, whose (tokens, K) table is large
 
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, usage_weight: float = 0.1):
         super().__init__()
@@ -115,7 +115,7 @@ class VectorQuantizer(nn.Module):
             tokens = z.float().flatten(2).transpose(1, 2)  # (B,hw,D)
             loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2), self.beta)
             if self.usage_weight:
-                step = max(1, tokens.shape[1] // self.USAGE_TOKENS)
+                step = tokens.shape[1] // self.USAGE_TOKENS | 1  # odd: it meets all columns
                 sample = tokens[:, ::step].flatten(0, 1)
                 loss = loss + self.usage_weight * usage_loss(sample, codebook)
         return loss

@@ -129,13 +129,25 @@ def test_the_gradient_of_codes_passes_to_the_tokens(quantizer):
 
 
 def test_the_loss_is_the_codebook_loss_and_the_usage_of_an_even_sample(quantizer):
-    z = random(2, 4, 16, 16)  # 256 tokens an image, every fourth is in the sample
+    z = random(2, 4, 16, 16)  # 256 tokens an image, every fifth is in the sample
     q = quantizer(z)
     tokens = z.flatten(2).transpose(1, 2)  # (2,256,4)
     codes = quantizer.codebook[q.indices.flatten(1)]
-    usage = vq.usage_loss(tokens[:, ::4].reshape(-1, 4), quantizer.codebook)
+    usage = vq.usage_loss(tokens[:, ::5].reshape(-1, 4), quantizer.codebook)
     expected = vq.codebook_loss(tokens, codes, 0.5) + 0.3 * usage
     assert q.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("side", [8, 16, 32])  # of conv16, conv8 and conv4
+def test_the_usage_term_meets_all_columns_and_rows_of_the_grid(side):
+    z = random(1, 4, side, side).requires_grad_()
+    grads = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        loss = vq.VectorQuantizer(64, 4, usage_weight=weight)(z).loss
+        grads.append(torch.autograd.grad(loss, z)[0])
+    met = (grads[1] != grads[0]).any(1)[0]  # (h,w)
+    assert met.any(0).all() and met.any(1).all()
 
 
 def test_without_gradient_no_loss_is_computed(quantizer):
