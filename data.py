@@ -3,8 +3,8 @@
 Implements the data part of Section 4.2: ACDC's 70/10/20 patients with 3 or 7 labeled (5 %, 10 %),
 slices cropped to 128x128, random rotation, intensity ("color") jitter, Gaussian noise, blur; by the
 field's protocol: labeled patients are the first of a fixed list, intensities min-max to [0,1] per
-volume, classes 1 RV cavity, 2 myocardium, 3 LV cavity. Only the grid differs (others stretch slices
-to 256x256, we keep their aspect ratio), which metrics at native size do not notice.
+volume, classes 1 RV cavity, 2 myocardium, 3 LV cavity. Two things differ: the grid (others stretch
+slices to 256x256, we keep their aspect ratio), and evaluation sees only the center of a slice.
 The paper does not say:
   - where the crop lies. Ours is near the center in training; evaluation sees the central EVAL_CROP
     pixels, which hold every heart, and calls the rest background.
@@ -234,7 +234,7 @@ def weak_view(images: Tensor, masks: Tensor, generator: torch.Generator,
     The crop moves so far that training sees all that evaluation sees, and 8 pixels more.
     """
     B = len(images)
-    angle = uniform(-0.7, 0.7, (B,), generator)  # up to 40 degrees: scanners show all hearts alike
+    angle = uniform(-0.7, 0.7, (B,), generator)  # up to 40 degrees; no flips, RV is on one side
     zoom = uniform(0.8, 1.3, (B,), generator)  # above 1: the heart appears larger
     reach = (max(0, eval_crop - CROP) / 2 + 8) / (GRID / 2)  # as a share of half the slice
     shift = uniform(-reach, reach, (B, 2, 1), generator)

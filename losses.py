@@ -45,7 +45,7 @@ def segmentation_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None,
                       dice_weight: float = 0.0) -> Tensor:
     """L_seg of Eq. 8 and 9: cross-entropy, mean over pixels (+ dice_weight * soft Dice loss).
 
-    keep (B,H,W): 1 = the pixel counts, 0 = it does not. The mean is over all pixels all the same.
+    keep (B,H,W): 1 = the pixel counts, 0 = it does not. The sum is divided by all pixels.
     """
     cross_entropy = F.cross_entropy(logits.float(), y, reduction="none")  # (B,H,W)
     loss = (cross_entropy if keep is None else cross_entropy * keep).mean()

@@ -4,15 +4,15 @@ Implements Figure 2, Section 3.4 (dual branch, Eq. 7; teacher) and Section 3.5 (
 Adapter, PFA, Figure 4).
 
     x -> Encoder -> z -> VectorQuantizer -> q(z) -> ImageDecoder D_i        -> x_hat
-            |                                |----> SegmentationDecoder D_s -> y_hat, of q'(z)
-            '------ shallower maps ------------------'
-                                             '----> FeatureAdapter          -> f_pfa
+            |                                |----> FeatureAdapter          -> f_pfa
+            |                                '----> SegmentationDecoder D_s -> y_hat, of q'(z)
+            '------ shallower maps ---------------------'
 
 The paper does not say:
   - what is quantized when a decoder has skip connections: NETWORKS lists four readings. D_s also
     gets the shallower maps, continuous, as in the authors' release. D_i must not: it would copy x.
   - how tokens are scaled. Ours lose mean and variance per image and channel, and get unit length
-    like the codewords. Raw features collapse the codebook.
+    like the codewords.
   - which tokens of an unlabeled slice D_i gets: q(z). Eq. 9 perturbs only what D_s gets.
 The paper's encoder is DINOv2 with UniMatch V2's decoder (`--encoder dinov2`, extras/dinov2.py). The
 default here is a small convolutional network with BatchNorm, trained from scratch.

@@ -1,11 +1,11 @@
 """Training: the whole method in one plain loop.
 
 Implements Sections 3.4 to 3.6 (student and EMA teacher, Eq. 7 to 12) and the settings of 4.2.
-Names: _l labeled, _u unlabeled weak view, _a unlabeled strong view; x image, y mask, _hat output.
+Names: _l labeled, strong view; _u, _a unlabeled, weak and strong view; x image, y mask, _hat output
 
 The paper does not say:
-  - which view the student sees. Ours is the strong one, of an unlabeled slice x_a: QPM perturbs its
-    tokens, the teacher labels the weak view x_u, and D_i reconstructs x_u, as in Eq. 9.
+  - which view the student sees. Ours is the strong one: x_l, x_a. QPM perturbs the tokens of x_a,
+    the teacher labels x_u, and D_i makes x_u from q(z_a); Eq. 9 can also mean from q(z_u).
   - any warm-up before the unlabeled loss (`--warmup`) or of the learning rate (100 steps).
   - what an epoch is, or its "decay 3e-5": a pass over the unlabeled slices; SGD's weight decay.
 """
@@ -40,7 +40,7 @@ def option(default, help: str, choices=None, low: float = 0, high: float = math.
 
 @dataclass
 class Settings:
-    """Each field is a flag; defaults stand here alone. `high` keeps PyTorch from an overflow."""
+    """Each field is a flag with its default and its limits."""
 
     data: str = option("phantom", "phantom, acdc, or a folder written by extras.prepare")
     root: str = option("", "folder of acdc as downloaded; empty = ./acdc")
