@@ -23,7 +23,6 @@ ROUNDS = 8  # 32 proposals in all; unit codewords at T = 1 accept a quarter of t
 
 def dropout_kl(p: Tensor) -> Tensor:
     """Eq. 1: KL(P||Q) ~= 1/2 ( p/(1-p) + log(1-p) ) of P = N(0,s^2), Q = N(0,(1-p)s^2); p < 1.
-
     Here dropout does not scale what it keeps; `dropout` below does, as nn.Dropout."""
     p = torch.as_tensor(p, dtype=torch.float64)
     return 0.5 * (p / (1 - p) + torch.log1p(-p))

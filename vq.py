@@ -2,7 +2,7 @@
 
 Implements Section 3.3, Eq. 2 (nearest codeword, straight-through estimator) and the codebook
 mapping of Section 4.2 (SimVQ, Zhu et al. 2024): a frozen random table passed through one learnable
-linear map, so that each step moves all codewords, also those that no token has.
+linear map, so that each step moves all codewords, also those that are nearest to no token.
 
 The paper does not say:
   - how the codebook gets a gradient; the straight-through estimator gives it none. We add the usual
@@ -115,7 +115,7 @@ class VectorQuantizer(nn.Module):
             tokens = z.float().flatten(2).transpose(1, 2)  # (B,hw,D)
             loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2), self.beta)
             if self.usage_weight:
-                step = tokens.shape[1] // self.USAGE_TOKENS | 1  # odd: it meets all columns
+                step = (tokens.shape[1] // self.USAGE_TOKENS) | 1  # odd: no column is left out
                 sample = tokens[:, ::step].flatten(0, 1)
                 loss = loss + self.usage_weight * usage_loss(sample, codebook)
         return loss

@@ -128,7 +128,7 @@ def test_the_gradient_of_codes_passes_to_the_tokens(quantizer):
     assert torch.allclose(z.grad, upstream)
 
 
-def test_the_loss_is_the_codebook_loss_and_the_usage_of_an_even_sample(quantizer):
+def test_the_loss_is_the_codebook_loss_and_the_usage_of_a_sample(quantizer):
     z = random(2, 4, 16, 16)  # 256 tokens an image, every fifth is in the sample
     q = quantizer(z)
     tokens = z.flatten(2).transpose(1, 2)  # (2,256,4)
