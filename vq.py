@@ -12,6 +12,7 @@ The paper does not say:
     and Eq. 4 lie in [0, 2], and one temperature suits a whole run.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,9 @@ class VectorQuantizer(nn.Module):
             tokens = z.float().flatten(2).transpose(1, 2)  # (B,hw,D)
             loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2), self.beta)
             if self.usage_weight:
-                step = (tokens.shape[1] // self.USAGE_TOKENS) | 1  # odd: no column is left out
+                step = max(1, tokens.shape[1] // self.USAGE_TOKENS)
+                while math.gcd(step, z.shape[3]) > 1:  # would leave columns out
+                    step += 1
                 sample = tokens[:, ::step].flatten(0, 1)
                 loss = loss + self.usage_weight * usage_loss(sample, codebook)
         return loss

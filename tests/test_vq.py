@@ -138,7 +138,7 @@ def test_the_loss_is_the_codebook_loss_and_the_usage_of_a_sample(quantizer):
     assert q.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("side", [8, 16, 32])  # of conv16, conv8 and conv4
+@pytest.mark.parametrize("side", [8, 12, 16, 24, 32, 56])  # 8, 16, 32: conv16, conv8, conv4
 def test_the_usage_term_meets_all_columns_and_rows_of_the_grid(side):
     z = random(1, 4, side, side).requires_grad_()
     grads = []
