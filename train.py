@@ -121,12 +121,13 @@ def train(s: Settings) -> Path:
     rank, world, device = evaluate.join_processes(s.device)
     dataset, labeled, unlabeled = open_data(s, world, device)
     student, teacher, fm, optimizer, about = build(s, dataset, device)
+    amp = evaluate.has_bfloat16(device)
+    about |= {"processes": world, "precision": "bfloat16" if amp else "float32"}
     run, start, best, log = open_run(s, rank, about, student, teacher, optimizer)
     model = DistributedDataParallel(student) if world > 1 else student
-    amp = evaluate.has_bfloat16(device)
     if rank == 0 and data.extra("checks"):
         data.extra("checks").before_training(run, teacher, dataset, about, device)
-    print(f"{run}: steps {start} to {s.steps} on {device}, {'bfloat16' if amp else 'float32'}; "
+    print(f"{run}: steps {start} to {s.steps} on {device}, {about['precision']}; "
           f"foundation model: {about['fm']}\nterms (_l labeled, _u unlabeled: these join at step "
           f"{math.ceil(s.warmup * s.steps)}), codewords used, their perplexity, speed, time left")
     log_every = max(1, s.steps // 50)

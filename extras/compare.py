@@ -62,7 +62,7 @@ def read_run(run: Path) -> Record:
     exchanged = math.nan
     if (run / "val-eps1.0.csv").exists():
         exchanged = round(class_means(read_rows(run / "val-eps1.0.csv")[0])["mean"][0], 5)
-    settings = config["settings"] | {"processes": config.get("processes", 1)}
+    settings = config["settings"] | {name: config[name] for name in ("processes", "precision")}
     learned = {name: value for name, value in settings.items() if name not in NEUTRAL}
     val_log = [line for line in log if "val_dice" in line]
     best = max(val_log, key=lambda line: line["val_dice"])

@@ -46,27 +46,28 @@ def draw_gain(groups: list, path: Path) -> None:
     what exchanging all of them at test time costs the runs without perturbation."""
     cells: dict[tuple, dict] = {}
     for differ, seeds in groups:
-        if differ.keys() - {"encoder"} != {"perturb"}:
+        if differ.keys() - {"encoder", "precision"} != {"perturb"}:
             names = ", ".join(differ) or "nothing"
             raise BadInput(f"--gain: runs differ in {names}; give some that do in perturb, encoder")
-        cells[differ.get("encoder", "all"), differ["perturb"]] = seeds
+        network = differ.get("encoder", "all"), differ.get("precision")  # pairs have both in common
+        cells[network, differ["perturb"]] = seeds
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color="gray", linewidth=0.8)
     for color, perturb in zip(("C0", "C1", "C2"), ("qpm", "shuffle", "dropout")):
-        encoders = [encoder for encoder, name in cells if name == perturb]
-        for encoder in encoders:
-            runs, base = cells[encoder, perturb], cells.get((encoder, "none"), {})
+        networks = [network for network, name in cells if name == perturb]
+        for network in networks:
+            runs, base = cells[network, perturb], cells.get((network, "none"), {})
             seeds = sorted(runs.keys() & base.keys())
             if len(seeds) < 2:
                 needed = "two seeds of both this and --perturb none"
-                raise BadInput(f"--gain: {encoder}, {perturb}: give {needed}, or leave it out")
+                raise BadInput(f"--gain: {network[0]}, {perturb}: give {needed}, or leave it out")
             gain = [runs[k].dice - base[k].dice for k in seeds]
             need = [base[k].dice - base[k].exchanged for k in seeds]
             x, y = np.mean(need), np.mean(gain)
             axis.errorbar(x, y, np.std(gain, ddof=1), np.std(need, ddof=1), "o", color=color)
-            axis.annotate(encoder, (x, y), (6, 6), textcoords="offset points", fontsize=8)
-        if encoders:
+            axis.annotate(network[0], (x, y), (6, 6), textcoords="offset points", fontsize=8)
+        if networks:
             axis.plot([], [], "o", color=color, label=perturb)
     axis.margins(x=0.2)  # room for the names
     axis.set_xlabel("token dependence: Dice lost when every token is exchanged")

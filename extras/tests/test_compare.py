@@ -22,7 +22,8 @@ def write_run(folder, dices, seed=1, **settings):
     """A run folder by hand: one volume, and a class for each Dice."""
     folder.mkdir()
     settings |= {"seed": seed, "device": "cuda:1", "out": str(folder)}
-    config = {"settings": settings, "fm": "none", "commit": "abc", "processes": 1}
+    config = {"settings": settings, "fm": "none", "commit": "abc", "processes": 1,
+              "precision": "float32"}
     log = [{"step": 5, "used": 0.25, "perplexity": 7.5}, {"step": 5, "val_dice": 0.75},
            {"step": 10, "used": 0.5, "perplexity": 9.5}, {"step": 10, "val_dice": 0.5}]
     rows = [f"a,{k},{dice},0.5,{k}.0,1.0,{dice == 0}\n" for k, dice in enumerate(dices)]
@@ -169,7 +170,8 @@ def test_a_record_has_the_best_step_and_the_last_use_of_the_codebook(runs):
     assert (found.run, found.commit, found.seed, found.scored) == ("a-1", "abc", 1, 2)
     assert (found.utilization, found.perplexity, found.best_step) == (0.5, 9.5, 5)
     assert found.val_log == '[{"step": 5, "val_dice": 0.75}, {"step": 10, "val_dice": 0.5}]'
-    assert json.loads(found.settings) == {"eps": 0.3, "temperature": 1.0, "processes": 1}
+    learned = {"eps": 0.3, "temperature": 1.0, "processes": 1, "precision": "float32"}
+    assert json.loads(found.settings) == learned
 
 
 def test_records_give_the_table_and_the_pairs_again_without_the_runs(runs, tmp_path, call):

@@ -1,5 +1,6 @@
 """What needs real processes: two of them as torchrun starts them, and runs that are killed."""
 
+import json
 import os
 import signal
 import socket
@@ -47,6 +48,7 @@ def test_two_processes_end_with_equal_weights_and_one_run_folder(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / "run" / "val.csv").exists()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["processes"] == 2
 
 
 def start(flags: list[str], **environment: str) -> subprocess.Popen:
