@@ -254,15 +254,17 @@ def strong_view(x: Tensor, generator: torch.Generator) -> Tensor:
     # 1. Jitter: gamma, contrast about the mean, brightness.
     gamma, contrast = (torch.exp(uniform(-0.5, 0.5, each, generator)) for _ in range(2))
     brightness = uniform(-0.15, 0.15, each, generator)
+    x = x.clamp_min(0) ** gamma
     mean = x.mean((2, 3), keepdim=True)
-    x = ((x.clamp_min(0) ** gamma - mean) * contrast + mean + brightness).clamp(0, 1)
+    x = ((x - mean) * contrast + mean + brightness).clamp(0, 1)
     # 2. Blur: half of the slices, Gaussian, sigma up to 1.5 pixels; 0.1 leaves a slice as it is.
     sigma = uniform(0.1, 1.5, (B, 1), generator)
     sigma = torch.where(uniform(0, 1, (B, 1), generator) < 0.5, sigma, 0.1)
     steps = torch.arange(-3, 4, device=x.device)
     kernel = torch.softmax(-0.5 * (steps / sigma) ** 2, 1)  # (B,7)
-    x = F.conv2d(x.transpose(0, 1), kernel[:, None, None, :], padding=(0, 3), groups=B)
-    x = F.conv2d(x, kernel[:, None, :, None], padding=(3, 0), groups=B).transpose(0, 1)
+    x = F.pad(x.transpose(0, 1), (3,) * 4, mode="replicate")  # zeros would darken the edge
+    x = F.conv2d(x, kernel[:, None, None, :], groups=B)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=B).transpose(0, 1)
     # 3. Noise.
     noise = torch.randn(x.shape, generator=generator, device=x.device)
     return (x + noise * uniform(0, 0.08, each, generator)).clamp(0, 1)

@@ -1,6 +1,7 @@
 """Data: ACDC files land in the right rows, the split, the grid and back, the two views."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -349,6 +350,17 @@ def test_strong_view_blurs_like_a_gaussian(monkeypatch):
     taps /= taps.sum()
     blurred = data.strong_view(x, seeded())[0, 0, 1:8, 1:8]
     assert np.allclose(blurred, np.outer(taps, taps), atol=1e-6)
+    flat = torch.full((1, 1, 9, 9), 0.5)
+    assert torch.allclose(data.strong_view(flat, seeded()), flat)  # also at the edge
+
+
+def test_contrast_of_a_strong_view_keeps_the_mean(monkeypatch):
+    """Gamma 2 and contrast 1.5, no brightness, blur or noise."""
+    strengths = iter([math.log(2), math.log(1.5), 0.0, 0.1, 1.0, 0.0])
+    monkeypatch.setattr(data, "uniform", lambda *args: torch.full(args[2], next(strengths)))
+    x = torch.tensor([0.4, 0.6]).repeat(32).reshape(1, 1, 8, 8)
+    expected = (x**2 - 0.26) * 1.5 + 0.26  # the mean of 0.16 and 0.36
+    assert torch.allclose(data.strong_view(x, seeded()), expected)
 
 
 # -- Phantoms
