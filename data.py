@@ -3,11 +3,12 @@
 Implements the data part of Section 4.2: ACDC's 70/10/20 patients with 3 or 7 labeled (5 %, 10 %),
 slices cropped to 128x128, random rotation, intensity ("color") jitter, Gaussian noise, blur; by the
 field's protocol: labeled patients are the first of a fixed list, intensities min-max to [0,1] per
-volume, classes 1 RV cavity, 2 myocardium, 3 LV cavity. Two things differ: the grid (others stretch
-slices to 256x256, we keep their aspect ratio), and evaluation sees only the center of a slice.
+volume, classes 1 RV cavity, 2 myocardium, 3 LV cavity. Three things differ: the grid (others
+stretch slices to 256x256, we keep their aspect ratio), evaluation sees only the center of a slice,
+and probabilities, not labels, are brought back to native size.
 The paper does not say:
   - where the crop lies. Ours is near the center in training; evaluation sees the central EVAL_CROP
-    pixels, which hold every heart, and calls the rest background.
+    pixels, which hold the heart of all 80 patients at hand, and calls the rest background.
   - which view gets which augmentation. Weak: rotation, scale, shift. Strong: weak, then jitter,
     blur, noise. Both have the same geometry: the pseudo-label fits the student's view.
 """
@@ -111,7 +112,8 @@ def load(name: str, root: str = "", parts: tuple[str, ...] = ("train", "val")) -
     return stack(*read_acdc(folder, parts), ACDC_SPLIT, labeled=7)
 
 def load_prepared(folder: Path) -> Dataset:
-    """Memory-mapped arrays, as `extras.prepare` writes them: the set may be larger than memory."""
+    """Memory-mapped arrays, as `extras.prepare` writes them: the set may be larger than memory,
+    but not one of --bits 8, which becomes float32 here."""
     checks = extra("checks")  # not below: a package that is missing is no damage
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
