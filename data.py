@@ -112,8 +112,7 @@ def load(name: str, root: str = "", parts: tuple[str, ...] = ("train", "val")) -
     return stack(*read_acdc(folder, parts), ACDC_SPLIT, labeled=7)
 
 def load_prepared(folder: Path) -> Dataset:
-    """Memory-mapped arrays, as `extras.prepare` writes them: the set may be larger than memory,
-    but not one of --bits 8, which becomes float32 here."""
+    """Of `extras.prepare`, memory-mapped: may be larger than memory, unless it has 8 bits."""
     checks = extra("checks")  # not below: a package that is missing is no damage
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
@@ -222,9 +221,7 @@ def batch(dataset: Dataset, rows: Tensor, count: int, generator: torch.Generator
     chosen = rows[torch.randint(len(rows), (count,), generator=generator, device=device)]
     chosen = chosen.to(dataset.images.device)
     x, y = dataset.images[chosen], dataset.masks[chosen]
-    if device.type == "cuda" and not x.is_cuda:  # from pinned memory the copy does not wait
-        x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True).float()[:, None], y.to(device, non_blocking=True)
+    return x.to(device).float()[:, None], y.to(device)
 
 def uniform(low: float, high: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)

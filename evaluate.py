@@ -77,11 +77,9 @@ def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
     """From each point of a to the nearest of b: (N,3), (M,3) -> (N,). As in Eq. 2, the nearest b
     has the largest a.b - |b|^2/2. Its distance is then computed from the points."""
     half_squares = b.square().sum(1) / 2
-    found = torch.empty(len(a), dtype=torch.long)
-    rows = max(1, 2**17 // len(b))  # their table stays in the cache
-    for k in range(0, len(a), rows):
-        bracket = torch.addmm(half_squares, a[k : k + rows], b.T, beta=-1)
-        found[k : k + rows] = bracket.max(1).indices
+    chunks = a.split(max(1, 2**17 // len(b)))  # the table of one stays in the cache
+    brackets = (torch.addmm(half_squares, chunk, b.T, beta=-1) for chunk in chunks)
+    found = torch.cat([bracket.max(1).indices for bracket in brackets])  # (N,)
     return torch.linalg.vector_norm(a - b[found], dim=1)
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 1)) -> tuple:

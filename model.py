@@ -169,15 +169,14 @@ class VQSeg(nn.Module):
                  encoder: str = "conv16", image_branch: bool = True, usage_weight: float = 0.1,
                  fm_grid: tuple[int, int, int] | None = None):
         super().__init__()
+        stride, skips = (16, True) if encoder == "dinov2" else NETWORKS[encoder]
         if encoder == "dinov2":  # the paper's, with 384 channels
             from extras.dinov2 import DINOv2Encoder, DPTDecoder
 
             dim = 384
-            stride = 16  # that D_i undoes; the patches have 14 pixels
             self.encoder = DINOv2Encoder()
             self.segmentation_decoder = DPTDecoder(dim, classes)
         else:
-            stride, skips = NETWORKS[encoder]
             channels = [width, 2 * width, 4 * width, 8 * width]
             self.encoder = Encoder(channels, dim, stride, skips)
             up_from = channels[: self.encoder.shallower + 1]

@@ -45,7 +45,7 @@ class Settings:
     data: str = option("phantom", "phantom, acdc, or a folder written by extras.prepare")
     root: str = option("", "folder of acdc as downloaded; empty = ./acdc")
     labeled: int = option(0, "labeled patients; 0 = phantom 3, acdc 7, else all that have masks")
-    steps: int = option(0, "length of the training; 0 = phantom 600, else 10000; --paper: 100 epochs")
+    steps: int = option(0, "length of the training; 0 = phantom 600, paper 100 epochs, else 10000")
     batch: int = option(8, "labeled slices a step and process; as many unlabeled", low=1, high=4096)
     seed: int = option(1337, "the randomness of a step is a function of seed and step", high=2**63)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")

@@ -73,8 +73,6 @@ class VectorQuantizer(nn.Module):
     """K codewords of D channels. The codebook is Linear(frozen table), each row of unit length.
     K = 0 is a control: the tokens stay as they are."""
 
-    USAGE_TOKENS = 64  # about, of each image, for the usage term, whose (tokens, K) table is large
-
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, usage_weight: float = 0.1):
         super().__init__()
         self.beta = beta
@@ -116,8 +114,8 @@ class VectorQuantizer(nn.Module):
             tokens = z.float().flatten(2).transpose(1, 2)  # (B,hw,D)
             loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2), self.beta)
             if self.usage_weight:
-                step = max(1, tokens.shape[1] // self.USAGE_TOKENS)
-                while math.gcd(step, z.shape[3]) > 1:  # would leave columns out
+                step = max(1, tokens.shape[1] // 64)  # 64 an image: the (tokens, K) table is large
+                while math.gcd(step, z.shape[3]) > 1:  # this would leave columns out
                     step += 1
                 sample = tokens[:, ::step].flatten(0, 1)
                 loss = loss + self.usage_weight * usage_loss(sample, codebook)
