@@ -204,25 +204,28 @@ def table(records: list[Record]) -> list[list[str]]:
             raise BadInput(f"{record.run}: has distances in {record.unit}, but {records[0].run} in "
                            f"{unit}; compare runs that have it in common")
     head = [*groups[0][0], "foundation model", "seeds", "Dice", "Jaccard", f"HD95 ({unit})",
-            f"ASD ({unit})", "codewords in use", "Dice, tokens exchanged", "empty predictions",
-            "p against the first row"]
+            f"ASD ({unit})", "codewords in use", "perplexity", "lost when all tokens are exchanged",
+            "empty predictions", "p against the first row"]
     rows = []
     for (differ, seeds), *tests in zip(groups, p_values, holm(p_values)):
         runs = list(seeds.values())
         row = [*map(str, differ.values()), runs[0].fm, " ".join(map(str, sorted(seeds)))]
-        for name in (*METRICS, "utilization", "exchanged"):
+        for name in (*METRICS, "utilization"):
             row.append(mean_std([getattr(run, name) for run in runs]))
+        row.append(mean_std([run.perplexity for run in runs], digits=0))
+        row.append(mean_std([run.dice - run.exchanged for run in runs]))
         row.append(f"{sum(run.empty for run in runs)} of {sum(run.scored for run in runs)}")
         row += ["-" if math.isnan(p) else f"{p:.2g}" for p in tests]
         rows.append(row if len(groups) > 2 else row[:-1])
     return [[*head, "p by Holm"] if len(groups) > 2 else head, *rows]
 
 
-def mean_std(values: list[float]) -> str:
+def mean_std(values: list[float], digits: int = 4) -> str:
     mean = np.mean(values)
     if math.isnan(mean):
         return "-"
-    return f"{mean:.4f}" + (f" +- {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
+    spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{spread}"
 
 
 def run_command(args: argparse.Namespace) -> None:

@@ -127,9 +127,11 @@ def test_the_table_has_a_row_for_each_setting_and_pairs_by_seed(runs, call):
     head, rule, *rows = [line.strip("| \n").split(" | ") for line in out.splitlines()]
     assert status == 0 and set(rule) == {"---"}
     assert head == ["eps", "temperature", "foundation model", "seeds", "Dice", "Jaccard",
-                    "HD95 (voxels)", "ASD (voxels)", "codewords in use", "Dice, tokens exchanged",
-                    "empty predictions", "p against the first row", "p by Holm"]
-    rest = ["0.5000 +- 0.0000", "0.5000 +- 0.0000", "1.0000 +- 0.0000", "0.5000 +- 0.0000", "-"]
+                    "HD95 (voxels)", "ASD (voxels)", "codewords in use", "perplexity",
+                    "lost when all tokens are exchanged", "empty predictions",
+                    "p against the first row", "p by Holm"]
+    rest = ["0.5000 +- 0.0000", "0.5000 +- 0.0000", "1.0000 +- 0.0000", "0.5000 +- 0.0000",
+            "10 +- 0", "-"]
     a, b, c = rows
     p = compare.t_test([0.6, 0.75], [0.5, 0.6])
     assert a == ["0.3", "1.0", "none", "1 2 3", "0.6000 +- 0.1000", *rest, "0 of 6", "-", "-"]
@@ -283,3 +285,5 @@ def test_a_record_has_the_dice_after_all_tokens_are_exchanged(runs):
     (twin / "val.csv").rename(runs[0] / "val-eps1.0.csv")
     assert compare.read_run(runs[0]).exchanged == pytest.approx(0.3)
     assert math.isnan(compare.read_run(runs[1]).exchanged)
+    row = compare.table([compare.read_run(runs[0])])[1]
+    assert row[-3] == f"{compare.read_run(runs[0]).dice - 0.3:.4f}"
