@@ -9,6 +9,7 @@ The paper does not say:
     paper's, T -> 0 takes the nearest codeword. So eps says how often a token changes, T how far.
   - which of two perturbations it means. The abstract shuffles the spatial locations of the indices
     (`shuffle`); Section 3.3 and Figure 3 resample each index from pi(.|i). Ours is the second.
+  - what gradient a replaced token passes on. Ours: the identity, to the token that it replaces.
 """
 
 import math
