@@ -6,7 +6,7 @@ Names: _l labeled, strong view; _u, _a unlabeled, weak and strong view; x image,
 The paper does not say:
   - which view the student sees. Ours is the strong one: x_l, x_a. QPM perturbs the tokens of x_a,
     the teacher labels x_u, and D_i makes x_u from q(z_a); Eq. 9 can also mean from q(z_u).
-  - any warm-up before the unlabeled loss (`--warmup`) or of the learning rate (100 steps).
+  - any warm-up: of the unlabeled loss (`--warmup`), the learning rate (100 steps), alpha (890).
   - what an epoch is, or its "decay 3e-5": a pass over the unlabeled slices; SGD's weight decay.
 """
 
@@ -151,8 +151,8 @@ def train(s: Settings) -> Path:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        # In the first steps alpha is smaller, or the teacher would remember its random start.
-        ema_update(teacher, student, min(0.99, 1 - 1 / (step + 1)))
+        # At first alpha is smaller: the teacher must be near the student when its labels count.
+        ema_update(teacher, student, min(0.99, (1 + step) / (10 + step)))
 
         window.append({name: value.detach() for name, value in terms.items()})
         if (step + 1) % log_every == 0:  # only now do numbers leave the device

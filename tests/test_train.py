@@ -251,9 +251,19 @@ def test_the_learning_rate_is_polynomial_after_a_short_rise(calls):
     assert calls["lr"] == pytest.approx(expected)
 
 
-def test_the_teachers_alpha_rises_to_that_of_section_3_4(calls):
+def test_the_teachers_alpha_rises_from_a_tenth(calls):
     alphas = [alpha for (_, _, alpha), _ in calls["ema_update"]]
-    assert alphas == pytest.approx([min(0.99, 1 - 1 / (k + 1)) for k in range(120)])
+    assert alphas == pytest.approx([(1 + k) / (10 + k) for k in range(120)])
+
+
+def test_the_teachers_alpha_stays_at_that_of_section_3_4(monkeypatch, tmp_path):
+    alphas = []
+    begin = train.open_run
+    monkeypatch.setattr(train, "open_run", lambda *given: (begin(*given)[0], 880, -1.0, []))
+    monkeypatch.setattr(train, "ema_update", lambda teacher, student, alpha: alphas.append(alpha))
+    monkeypatch.setattr(evaluate, "score_run", lambda *given: None)
+    run(tmp_path / "late", "--steps", "900")
+    assert alphas == pytest.approx([(1 + k) / (10 + k) for k in range(880, 890)] + [0.99] * 10)
 
 
 def test_the_unlabeled_loss_counts_after_the_warm_up(calls):
