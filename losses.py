@@ -6,7 +6,7 @@ Implements Sections 3.4 to 3.6, Eq. 8 to 12. Shapes: image (B,1,H,W) float in [0
 The paper does not say:
   - tau of Eq. 11: ours is 0.07, the usual one for InfoNCE.
   - whether all pseudo-labels count. By default they do; `threshold` leaves out unsure pixels.
-Beyond the paper: `dice_weight` adds to its cross-entropy the soft Dice loss of other papers on
+Beyond the paper: `dice_weight` adds to the cross-entropy the soft Dice loss of other papers on
 ACDC, `rec_weight` weighs L_rec. `train.py --paper` leaves both as in the paper.
 """
 
@@ -38,7 +38,7 @@ def soft_dice_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None) -> Ten
     weight = 1 if keep is None else keep[:, None]
     overlap = (p * t * weight).sum((0, 2, 3))[1:]  # (C-1,)
     size = ((p + t) * weight).sum((0, 2, 3))[1:]
-    # One pixel more on both sides: finite, and no loss where a class is in neither.
+    # One pixel more on both sides: finite, and little loss where a class is in neither.
     return 1 - ((2 * overlap + 1) / (size + 1)).mean()
 
 def segmentation_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None,

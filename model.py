@@ -13,7 +13,8 @@ The paper does not say:
     gets the shallower maps, continuous, as in the authors' release. D_i must not: it would copy x.
   - how tokens are scaled. Ours lose mean and variance per image and channel, and get unit length
     like the codewords.
-  - which tokens of an unlabeled slice D_i gets: q(z). Eq. 9 perturbs only what D_s gets.
+  - which tokens of an unlabeled slice D_i gets. Ours: q(z), since Eq. 9 perturbs what D_s gets.
+    Eq. 7 also lists D_i( q'(z) ).
 The paper's encoder is DINOv2 with UniMatch V2's decoder (`--encoder dinov2`, extras/dinov2.py). The
 default here is a small convolutional network with BatchNorm, trained from scratch.
 """
@@ -53,7 +54,7 @@ def unit_tokens(z: Tensor) -> Tensor:
     return F.normalize(F.instance_norm(z.float()), dim=1)
 
 class Upward(nn.Module):
-    """The way up of a U-Net. Maps are added, which is half the work of concatenating them."""
+    """The way up of a U-Net. Maps are added, which is less work than concatenating them."""
 
     def __init__(self, channels: list[int]):
         super().__init__()

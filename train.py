@@ -4,8 +4,8 @@ Implements Sections 3.4 to 3.6 (student and EMA teacher, Eq. 7 to 12) and the se
 Names: _l labeled, strong view; _u, _a unlabeled, weak and strong view; x image, y mask, _hat output
 
 The paper does not say:
-  - which view the student sees. Ours is the strong one: x_l, x_a. QPM perturbs the tokens of x_a,
-    the teacher labels x_u, and D_i makes x_u from q(z_a); Eq. 9 can also mean from q(z_u).
+  - which view the student sees: Eq. 7 lists q(z_a) and q'(z_u). Ours is the strong one. QPM
+    perturbs the tokens of x_a, the teacher labels x_u, and D_i makes x_u from q(z_a).
   - any warm-up: of the unlabeled loss (`--warmup`), the learning rate (100 steps), alpha (890).
   - what an epoch is, or its "decay 3e-5": a pass over the unlabeled slices; SGD's weight decay.
 """
@@ -47,7 +47,7 @@ class Settings:
     labeled: int = option(0, "labeled patients; 0 = phantom 3, acdc 7, else all that have masks")
     steps: int = option(0, "length of the training; 0 = phantom 600, paper 100 epochs, else 10000")
     batch: int = option(8, "labeled slices a step and process; as many unlabeled", low=1, high=4096)
-    seed: int = option(1337, "the randomness of a step is a function of seed and step", high=2**63)
+    seed: int = option(1337, "a step draws by seed, step and process", high=2**63)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-METHOD-seedSEED")
     resume: str = option("", "run folder to continue, from its last checkpoint")
@@ -63,7 +63,7 @@ class Settings:
     lambda_usage: float = option(0.1, "weight of the usage term in the quantizer's loss")
     lambda_dice: float = option(1.0, "weight of the soft Dice loss in L_seg; the paper: 0")
     fm: str = option("auto", "foundation model of Eq. 11; auto = standin for phantom, else dinov2 "
-                     "if at hand", ["auto", "dinov2", "torchscript", "standin", "none"])
+                     "if to be had", ["auto", "dinov2", "torchscript", "standin", "none"])
     fm_weights: str = option("", "file of DINOv2's weights, or any model's in TorchScript")
     threshold: float = option(0.0, "pseudo-labels of less confidence do not count", high=1)
     warmup: float = option(0.2, "share of the steps on labeled slices alone", high=1)
@@ -95,7 +95,7 @@ def vqseg_loss(s: Settings, student: nn.Module, teacher: VQSeg, fm: nn.Module | 
         # 3. Teacher: pseudo-labels of the weak view.
         with torch.no_grad():
             pseudo = losses.pseudo_label(teacher.predict(x_u), s.threshold)
-        # 4. Unlabeled slices, Eq. 9: y_hat comes from q'(z), x_hat from q(z). Both parts, Eq. 10.
+        # 4. Unlabeled slices, Eq. 9: y_hat comes from q'(z), x_hat from q(z). Then Eq. 10.
         l_u = losses.unlabeled_loss(out.x_hat[B:], x_u, out.y_hat[B:], pseudo,
                                     s.lambda_rec, s.lambda_dice)
         terms |= {"seg_u": l_u.seg, "rec_u": l_u.rec, "kept": pseudo.keep.mean()}
@@ -182,7 +182,7 @@ def train(s: Settings) -> Path:
     return run
 
 def generator(device: torch.device, seed: int, step: int, rank: int) -> torch.Generator:
-    """The randomness of a step, a function of (seed, step): resuming needs no saved state."""
+    """The randomness of a step, by seed, step and process: resuming needs no saved state."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0]) >> 1)
 

@@ -79,7 +79,7 @@ class VectorQuantizer(nn.Module):
         self.usage_weight = usage_weight
         self.register_buffer("table", torch.randn(codebook_size, dim) * dim**-0.5)  # never trained
         self.linear = nn.Linear(dim, dim, bias=False)
-        nn.init.orthogonal_(self.linear.weight)  # a rotation: the table's distances at the start
+        nn.init.orthogonal_(self.linear.weight)  # at first only turns the table
         self.linear.requires_grad_(codebook_size > 0)
 
     @property
@@ -114,7 +114,7 @@ class VectorQuantizer(nn.Module):
             tokens = z.float().flatten(2).transpose(1, 2)  # (B,hw,D)
             loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2), self.beta)
             if self.usage_weight:
-                step = max(1, tokens.shape[1] // 64)  # 64 an image: the (tokens, K) table is large
+                step = max(1, tokens.shape[1] // 64)  # about 64 an image: the table is large
                 while math.gcd(step, z.shape[3]) > 1:  # this would leave columns out
                     step += 1
                 sample = tokens[:, ::step].flatten(0, 1)

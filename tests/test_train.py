@@ -123,12 +123,12 @@ def test_eq9_reconstruction_of_unperturbed_tokens_against_the_weak_view(step):
 
 
 @torch.no_grad()
-def test_eq11_alignment_with_features_of_the_weak_views(step):
+def test_eq11_alignment_with_features_of_x_l_and_of_the_weak_x_u(step):
     _, terms = step.loss()
     expected = []
-    for seen, weak in ((step.x_l, step.x_l), (step.x_a, step.x_u)):
+    for seen, given in ((step.x_l, step.x_l), (step.x_a, step.x_u)):
         f_pfa = step.student.adapter(quantized(step.student, seen)[0].codes).flatten(2)
-        f_fm = step.fm(weak).flatten(2)
+        f_fm = step.fm(given).flatten(2)
         sim = F.cosine_similarity(f_pfa[:, :, :, None], f_fm[:, :, None, :], dim=1) / 0.07
         expected.append(-sim.log_softmax(2).diagonal(dim1=1, dim2=2).mean().item())
     assert terms["align"].item() == pytest.approx(sum(expected) / 2, rel=1e-4)
