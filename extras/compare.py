@@ -204,7 +204,7 @@ def table(records: list[Record]) -> list[list[str]]:
             raise BadInput(f"{record.run}: has distances in {record.unit}, but {records[0].run} in "
                            f"{unit}; compare runs that have it in common")
     head = [*groups[0][0], "foundation model", "seeds", "Dice", "Jaccard", f"HD95 ({unit})",
-            f"ASD ({unit})", "codewords in use", "perplexity", "lost when all tokens are exchanged",
+            f"ASD ({unit})", "codewords in use", "perplexity", "lost when all tokens are replaced",
             "empty predictions", "p against the first row"]
     rows = []
     for (differ, seeds), *tests in zip(groups, p_values, holm(p_values)):

@@ -43,7 +43,7 @@ def draw_sweep(groups: list, name: str, path: Path) -> None:
 
 def draw_gain(groups: list, path: Path) -> None:
     """For each network what a perturbation adds, against how much that network needs its tokens:
-    what exchanging all of them at test time costs the runs without perturbation."""
+    what replacing all of them at test time costs the runs without perturbation."""
     cells: dict[tuple, dict] = {}
     for differ, seeds in groups:
         if differ.keys() - {"encoder", "precision"} != {"perturb"}:
@@ -70,7 +70,7 @@ def draw_gain(groups: list, path: Path) -> None:
         if networks:
             axis.plot([], [], "o", color=color, label=perturb)
     axis.margins(x=0.2)  # room for the names
-    axis.set_xlabel("token dependence: Dice lost when every token is exchanged")
+    axis.set_xlabel("token dependence: Dice lost when every token is replaced")
     axis.set_ylabel("Dice over no perturbation, paired")
     axis.legend(fontsize=8)
     write(figure, path, 100)

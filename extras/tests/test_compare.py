@@ -128,7 +128,7 @@ def test_the_table_has_a_row_for_each_setting_and_pairs_by_seed(runs, call):
     assert status == 0 and set(rule) == {"---"}
     assert head == ["eps", "temperature", "foundation model", "seeds", "Dice", "Jaccard",
                     "HD95 (voxels)", "ASD (voxels)", "codewords in use", "perplexity",
-                    "lost when all tokens are exchanged", "empty predictions",
+                    "lost when all tokens are replaced", "empty predictions",
                     "p against the first row", "p by Holm"]
     rest = ["0.5000 +- 0.0000", "0.5000 +- 0.0000", "1.0000 +- 0.0000", "0.5000 +- 0.0000",
             "10 +- 0", "-"]
