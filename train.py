@@ -47,7 +47,7 @@ class Settings:
     labeled: int = option(0, "labeled patients; 0 = phantom 3, acdc 7, else all that have masks")
     steps: int = option(0, "length of the training; 0 = phantom 600, paper 100 epochs, else 10000")
     batch: int = option(8, "labeled slices a step and process; as many unlabeled", low=1, high=4096)
-    seed: int = option(1337, "a step draws by seed, step and process", high=2**63)
+    seed: int = option(1337, "all draws of a step follow from seed, step and process", high=2**63)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-METHOD-seedSEED")
     resume: str = option("", "run folder to continue, from its last checkpoint")
@@ -63,7 +63,7 @@ class Settings:
     lambda_usage: float = option(0.1, "weight of the usage term in the quantizer's loss")
     lambda_dice: float = option(1.0, "weight of the soft Dice loss in L_seg; the paper: 0")
     fm: str = option("auto", "foundation model of Eq. 11; auto = standin for phantom, else dinov2 "
-                     "if to be had", ["auto", "dinov2", "torchscript", "standin", "none"])
+                     "if available", ["auto", "dinov2", "torchscript", "standin", "none"])
     fm_weights: str = option("", "file of DINOv2's weights, or any model's in TorchScript")
     threshold: float = option(0.0, "pseudo-labels of less confidence do not count", high=1)
     warmup: float = option(0.2, "share of the steps on labeled slices alone", high=1)

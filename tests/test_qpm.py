@@ -98,7 +98,7 @@ def test_eq4_a_million_draws_pass_chi_square(temperature):
     expected = N / K * qpm.transition_rows(torch.arange(K), c, EPS, temperature).flatten().double()
     likely = expected > 5
     chi_square = ((counts - expected).square() / expected)[likely].sum().item()
-    assert counts[~likely].sum() <= 5 * (~likely).sum()
+    assert counts[~likely].sum() <= 30  # 9 are expected at T = 0.02
     assert chi_square < 115  # of at most 56 degrees of freedom: p is below 1e-5
 
 

@@ -273,6 +273,13 @@ def test_the_gain_of_runs_that_differ_in_more_than_their_network_is_refused(tmp_
         plots.draw_gain(compare.by_settings(runs), tmp_path / "g.png")
 
 
+def test_the_gain_pairs_no_runs_of_different_precision(tmp_path):
+    runs = [record(how, seed, 0.5, perturb=how, precision=precision) for seed in (1, 2)
+            for how, precision in (("none", "bfloat16"), ("qpm", "float32"))]
+    with pytest.raises(BadInput, match="qpm: give two seeds of both"):
+        plots.draw_gain(compare.by_settings(runs), tmp_path / "g.png")
+
+
 @pytest.mark.parametrize("perturb", ["none", "shuffle"])
 def test_a_gain_without_pairs_is_refused(tmp_path, perturb):
     runs = [record("a", 1, 0.5, perturb="qpm"), record("b", 1, 0.5, perturb=perturb)]
