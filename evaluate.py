@@ -218,7 +218,8 @@ def save(path: Path, content: dict | bytes) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk
         part.unlink(missing_ok=True)
-        raise BadInput(f"{path}: {error}; make room; to continue: --resume {path.parent}") from None
+        remedy = "make room, or name another place; a training continues with --resume RUN"
+        raise BadInput(f"{path}: {error}; {remedy}") from None
 
 def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) -> tuple:
     """The best (or last) teacher of a run, its checkpoint; what is resumed takes its state."""

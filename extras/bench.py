@@ -14,10 +14,10 @@ lies there; it is left out on a CPU. A part that fails says so, and the next one
 
 import argparse
 import csv
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +31,6 @@ import evaluate
 import qpm
 import train
 import vq
-from data import BadInput
 from model import ema_update
 
 
@@ -210,11 +209,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     args = parser.parse_args(arguments)
-    try:
-        table = Table(evaluate.join_processes(args.device)[2], args.csv)
-    except BadInput as error:
-        print(f"extras.bench: {error}", file=sys.stderr)
-        sys.exit(2)
+    evaluate.command("extras.bench", partial(bench, args), "allow it, or change --csv")
+
+
+def bench(args: argparse.Namespace) -> None:
+    table = Table(evaluate.join_processes(args.device)[2], args.csv)
     small = ["--batch", "1", "--codebook-size", "64", "--width", "4"] if args.quick else []
     default = "default network, 128 x 128"
     parts: list[tuple] = [

@@ -9,6 +9,7 @@ The paper does not say:
     the nearest multiple of 14, and what comes out is resized back.
 """
 
+import errno
 import hashlib
 import http.client
 import os
@@ -248,7 +249,10 @@ def fetch(path: Path) -> None:
         try:
             with urllib.request.urlopen(OFFICIAL, timeout=5) as source, open(part, "wb") as target:
                 shutil.copyfileobj(source, target)
-        except (OSError, http.client.HTTPException):  # offline, refused or cut off
+        except (OSError, http.client.HTTPException) as error:  # offline, refused or cut off
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                remedy = "make room, or set TORCH_HOME elsewhere"
+                raise BadInput(f"{path.parent}: the disk is full; {remedy}") from None
             return
         if is_official(part):
             os.replace(part, path)  # at once: other processes see the whole file or none

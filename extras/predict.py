@@ -31,7 +31,7 @@ from data import BadInput
 from evaluate import Model
 from extras.checks import writable
 from extras.figures import Figure, legend, show
-from extras.files import FOREIGN, NIFTI, check_whole, load_nifti, voxels
+from extras.files import NIFTI, check_whole, load_nifti, voxels
 from extras.layouts import leave, listing
 from model import VQSeg
 
@@ -75,6 +75,8 @@ def extended(model: VQSeg, saved: dict, flags: dict) -> tuple:
     """For `evaluate.py`: the network, the post-processing, and the names of what was asked for."""
     network = model.predict
     if flags["eps"]:  # QPM at test time: how much the decoder needs its tokens
+        if not 0 <= flags["eps"] <= 1:
+            raise BadInput(f"--eps {flags['eps']}: must be 0 to 1")
         if not len(model.quantizer.table):
             raise BadInput(f"--eps {flags['eps']}: the run has no codewords; leave the flag out")
         T = saved["settings"]["temperature"]
@@ -236,8 +238,6 @@ def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
     """Each scan, and where its segmentation goes."""
     if not scan.exists():
         raise BadInput(f"--scan {scan}: no such file or folder; correct the path")
-    if FOREIGN.search(scan.name):
-        raise BadInput(f"--scan {scan}: is not NIfTI; convert it to .nii.gz")
     if not scan.is_dir():
         for flag, path in (("--scan", scan), ("--out", out)):
             if not NIFTI.search(path.name) or path.is_dir():
@@ -245,15 +245,16 @@ def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
         return [(scan, out)]
     if out.exists() and (not out.is_dir() or out.samefile(scan)):
         raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
-    files = [f for f in listing(scan) if not f.resolve().is_relative_to(out.resolve())]
+    files = listing(scan)
     scans = [f for f in files if NIFTI.search(f.name) and f.parent == scan]
-    foreign = [f for f in files if FOREIGN.search(f.name)]
     if not scans:
-        remedy = "convert them to .nii.gz" if foreign else "give the folder that does"
+        remedy = "convert others, or give the folder that does"
         raise BadInput(f"--scan {scan}: holds no .nii or .nii.gz file; {remedy}")
-    leave([f for f in files if f not in scans and NIFTI.search(f.name)], "in a subfolder")
-    leave(foreign, "to be converted to .nii.gz")
-    leave([f for f in files if not NIFTI.search(f.name) and f not in foreign], "no NIfTI")
+    others = [f for f in files if f not in scans]
+    if out.resolve().is_relative_to(scan.resolve()):  # results of before are no news
+        others = [f for f in others if not f.resolve().is_relative_to(out.resolve())]
+    leave([f for f in others if NIFTI.search(f.name)], "in a subfolder")
+    leave([f for f in others if not NIFTI.search(f.name)], "no NIfTI")
     return [(f, out / f.name) for f in scans]
 
 

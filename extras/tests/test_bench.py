@@ -2,6 +2,7 @@
 
 import csv
 
+import pytest
 import torch
 
 from extras import bench
@@ -19,6 +20,12 @@ def test_the_bench_has_a_row_for_each_part(tmp_path, capsys):
                  "paper's network", "nearest codeword", "QPM", "loop over codes"):
         assert part in names
     assert "failed" not in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_written_is_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--quick", "--device", "cpu", "--csv", str(tmp_path / "none" / "bench.csv")])
+    assert "bench.csv'; allow it, or change --csv\n" in capsys.readouterr().err
 
 
 def test_the_loop_over_codes_draws_from_the_same_distribution():

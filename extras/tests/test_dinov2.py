@@ -202,6 +202,16 @@ def test_offline_a_download_says_what_it_tries_and_gives_none(cached, capsys):
     assert printed == f"downloading {dinov2.OFFICIAL} (88 MB) to {cached.parent}\n"
 
 
+def test_a_full_disk_is_not_taken_for_being_offline(cached, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b"hello"))
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(BadInput, match="checkpoints: the disk is full; make room"):
+        dinov2.official_weights()
+
+
 def test_offline_guidance_is_left_out_by_default(cached):
     assert dinov2.foundation_model("auto", "") == (None, "none (no DINOv2 weights: offline)")
 

@@ -279,6 +279,20 @@ def test_one_very_sure_view_does_not_outvote_the_others():
     assert (model(torch.zeros(1, 1, 4, 4)).argmax(1) == 0).all()
 
 
+def test_eps_1_replaces_every_token_at_test_time(runs):
+    model, saved = evaluate.load_run(runs[0], torch.device("cpu"))
+    flags = {"eps": 1.0, "tta": False, "keep_largest": False}
+    network, _, names = predict.extended(model, saved, flags)
+    seen = []  # (B,D,h,w) tokens that D_s gets
+    model.segmentation_decoder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    x = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    model.predict(x)
+    network(x)
+    assert (seen[0] != seen[1]).any(1).all() and names == ["eps1.0"]
+    with pytest.raises(BadInput, match="--eps 2: must be 0 to 1"):
+        predict.extended(model, saved, flags | {"eps": 2})
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_largest_component_equals_scipys(seed):
     ndimage = pytest.importorskip("scipy.ndimage")
@@ -319,6 +333,14 @@ def test_a_folder_goes_on_after_a_bad_file_and_ends_with_2(tmp_path, call):
     assert "1 of 3: " in out and "3 of 3: " in out
     names = {"a.nii", "a.png", "c.NII.GZ", "c.png", "e.nii"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
+
+
+def test_results_may_go_into_the_folder_that_holds_the_folder_of_scans(tmp_path, call):
+    save_scan(tmp_path / "in" / "a.nii")
+    (tmp_path / "in" / "b.nrrd").write_bytes(b"NRRD0005")
+    status, out, _ = call("--scan", tmp_path / "in", "--out", tmp_path)
+    assert status == 0 and (tmp_path / "a.nii").exists()
+    assert f"left alone, no NIfTI: 1 files ({tmp_path / 'in' / 'b.nrrd'})" in out
 
 
 def test_a_folder_is_continued_without_overwriting(tmp_path, call):
