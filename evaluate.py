@@ -113,16 +113,17 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
 
 @torch.no_grad()
 def predict(model: Model, images: Tensor, shape: tuple[int, int], crop: int, device: torch.device,
-            amp: bool = False, batch: int = 8) -> np.ndarray:
-    """A volume on the grid (Z,G,G) -> (Z,H,W) uint8 labels at native size (H,W), slice by slice."""
-    labels = []
+            amp: bool = False, batch: int = 8, labels: bool = True) -> np.ndarray:
+    """A volume on the grid (Z,G,G) -> (Z,H,W) uint8 labels at native size (H,W), slice by slice;
+    without `labels` the (Z,C,H,W) float32 probabilities."""
+    found = []
     for chunk in images.split(batch):
         x = data.crop_center(chunk.to(device).float(), crop)[:, None]  # (b,1,crop,crop)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
         p = data.to_native(logits.float().softmax(1), shape)  # (b,C,H,W)
-        labels.append(p.argmax(1).to(torch.uint8).cpu())
-    return torch.cat(labels).numpy()
+        found.append((p.argmax(1).to(torch.uint8) if labels else p).cpu())
+    return torch.cat(found).numpy()
 
 def evaluate(model: Model, dataset: Dataset, part: str, device: torch.device, amp: bool = False,
              distances: bool = True, post_process: Callable | None = None) -> list[Row]:

@@ -15,7 +15,6 @@ lies there; it is left out on a CPU. A part that fails says so, and the next one
 import argparse
 import csv
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -62,28 +62,12 @@ class Table:
 
     def measure(self, f: Callable) -> tuple[float, float]:
         """Median seconds of a call, and the peak memory in MB."""
-        if self.device.type == "cuda":
+        cuda = self.device.type == "cuda"
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-        self.seconds(f, 1)  # loads kernels
-        first = self.seconds(f, 1)
-        calls = max(1, min(20, int(0.2 / first)))
-        seconds = [self.seconds(f, calls) for _ in range(5)] if first < 2 else [first]
-        peak = float("nan")
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        return sorted(seconds)[len(seconds) // 2], peak
-
-    def seconds(self, f: Callable, calls: int) -> float:
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            f()
-        self.wait()
-        return (time.perf_counter() - start) / calls
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
+        seconds = timer.blocked_autorange(min_run_time=1).median  # warms up, and waits for the GPU
+        return seconds, torch.cuda.max_memory_allocated() / 2**20 if cuda else float("nan")
 
 
 def unit(*shape: int, device: torch.device) -> Tensor:

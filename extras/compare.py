@@ -5,10 +5,9 @@
     python -m extras.compare RUN_OR_CSV ... --sweep eps --figure FILE
     python -m extras.compare RUN_OR_CSV ... --gain FILE
 
-Implements Appendix D, the paired two-tailed t-test. Runs that differ in nothing but the seed are a
-row of the table; a pair is two runs of the same seed, and the test is on their validation Dice.
-The paper does not say what a pair is, and does not correct for making many tests. Beside p stands
-Holm's correction over the rows of the table.
+Runs that differ in nothing but the seed are a row of the table. A pair is two runs of the same
+seed; the test, two-tailed, is on their validation Dice. The paper does not say what a pair is, and
+does not correct for making many tests; beside p stands Holm's correction over the table's rows.
 
 Of a run only config.json, log.jsonl and val.csv are read. `--records` writes what the table needs
 into one CSV, which is taken in place of the runs.

@@ -26,8 +26,8 @@ from torch import Tensor
 from data import BadInput
 from model import Encoded, unit_tokens
 
+# ViT-S/14 without registers, Apache-2.0
 OFFICIAL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
-OFFICIAL_BYTES = 88_283_115  # ViT-S/14 without registers, Apache-2.0
 OFFICIAL_SHA256 = "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"
 # How names begin in the state dicts of relatives, which do not load here.
 RELATIVES = {"register_tokens": "DINOv2 with registers", "storage_tokens": "DINOv3",
@@ -128,7 +128,11 @@ class DINOv2Encoder(nn.Module):
         self.vit = DINOv2("small")
 
     def load_pretrained(self, weights: str) -> None:
-        self.vit.load_state_dict(pretrained_encoder_weights(weights).state_dict())
+        """ViT-S/14; the encoder must never start from random weights."""
+        model = pretrained(weights, "--encoder dinov2")
+        if model.channels != 384:
+            raise refused(weights, f"has {model.channels} channels, but --encoder dinov2 needs 384")
+        self.vit.load_state_dict(model.state_dict())
 
     def forward(self, x: Tensor) -> Encoded:
         *skips, z = self.vit.taps(imagenet_colors(to_patches(x)), (2, 5, 8, 11))
@@ -209,13 +213,6 @@ def foundation_model(kind: str, weights: str) -> tuple[nn.Module | None, str]:
         return None, "none (no DINOv2 weights: offline)"
     return model.requires_grad_(False).eval(), f"DINOv2, {model.channels} channels"
 
-def pretrained_encoder_weights(weights: str) -> DINOv2:
-    """ViT-S/14 for --encoder dinov2, which must never start from random weights."""
-    model = pretrained(weights, "--encoder dinov2")
-    if model.channels != 384:
-        raise refused(weights, f"has {model.channels} channels, but --encoder dinov2 needs 384")
-    return model
-
 def pretrained(weights: str, needed_by: str) -> DINOv2 | None:
     """From this file, else the cache or network. If not to be had: None, or the flag's BadInput."""
     path = weights or official_weights()
@@ -223,18 +220,17 @@ def pretrained(weights: str, needed_by: str) -> DINOv2 | None:
         raise BadInput(f"{needed_by}: no weights; download {OFFICIAL}, give --fm-weights FILE")
     return load_dinov2(path) if path else None
 
-def official_weights(download: bool = True) -> Path | None:
+def official_weights() -> Path | None:
     """The official ViT-S/14 in PyTorch's cache, downloaded there if need be; None if offline."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(OFFICIAL).name
-    if download and not os.path.exists(path):
+    if not os.path.exists(path):
         fetch(path)
     if os.path.exists(path) and not is_official(path):  # torch.hub would not notice
         raise BadInput(f"{path}: not the official file, or cut off; remove it, and start again")
     return path if os.path.exists(path) else None
 
 def is_official(path: Path) -> bool:
-    whole = path.is_file() and path.stat().st_size == OFFICIAL_BYTES
-    return whole and hashlib.sha256(path.read_bytes()).hexdigest() == OFFICIAL_SHA256
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == OFFICIAL_SHA256
 
 def fetch(path: Path) -> None:
     """Download the official file to `path`. Where that fails there is no file."""

@@ -31,7 +31,6 @@ import evaluate
 import qpm
 from data import BadInput, Dataset
 from model import VQSeg
-from vq import nearest
 
 COLORS = ["#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#F0E442"]
 
@@ -108,9 +107,8 @@ def draw_curves(path: Path, log: Path) -> None:
     """The terms of Eq. 12, the use of the codebook and the validation Dice over a training."""
     try:
         text = log.read_text(encoding="utf-8") if log.exists() else ""
-        # "| {}" is a TypeError for a line that is no record.
-        lines = [json.loads(line) | {} for line in text.splitlines()]
-    except (ValueError, TypeError):
+        lines = [json.loads(line) for line in text.splitlines()]
+    except ValueError:
         raise BadInput(f"{log}: damaged; remove it, and the curves are empty") from None
     panels = {"L_seg": ["seg_l", "seg_u"], "L_rec": ["rec_l", "rec_u"], "L_align": ["align"],
               "quantizer": ["vq"], "codewords in use": ["used"], "validation Dice": ["val_dice"]}
@@ -223,12 +221,12 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
 @torch.no_grad()
 def codeword_counts(model: VQSeg, dataset: Dataset) -> Tensor:
     """How often each codeword occurs in the evaluation crops of the training slices: (K,) int64."""
-    codebook = model.quantizer.codebook
-    counts = torch.zeros(len(codebook), dtype=torch.long)
+    K = len(model.quantizer.table)
+    counts = torch.zeros(K, dtype=torch.long)
     for rows in dataset.rows(dataset.part("train")).split(16):
         x = data.crop_center(dataset.images[rows].float(), dataset.eval_crop)[:, None]
-        indices = nearest(model.encoder(x).z.permute(0, 2, 3, 1), codebook)
-        counts += torch.bincount(indices.flatten(), minlength=len(codebook))
+        indices = model.quantizer(model.encoder(x).z).indices
+        counts += torch.bincount(indices.flatten(), minlength=K)
     return counts
 
 

@@ -26,20 +26,11 @@ HDF5 = re.compile(r"\.(h5|hdf5)$", re.I)
 PNG = re.compile(r"\.png$", re.I)
 NPY = re.compile(r"\.npy$", re.I)
 FOREIGN = re.compile(r"\.(nrrd|nhdr|mha|mhd|dcm|dicom|ima|hdr|img|mgz|mgh|mnc)$", re.I)
-# How files begin that are called .nii without being one: where, what, its name, the remedy.
-CONVERT = "convert it to .nii.gz"
+# What may be called .nii without being NIfTI: how it begins, its name, the remedy.
 SIGNATURES = [
-    (0, b"NRRD", "a NRRD file", CONVERT),
-    (0, b"ObjectType", "a MetaImage (.mha) file", CONVERT),
-    (0, b"NDims", "a MetaImage (.mha) file", CONVERT),
-    (128, b"DICM", "a DICOM file", "convert its series to one .nii.gz"),
-    (0, b"\x89HDF", "an HDF5 file", "name it .h5, and put it beside others of its kind"),
-    (344, b"ni1", "the header of a pair .hdr and .img", CONVERT),
-    (0, b"\x5c\x01\0\0", "an Analyze file", CONVERT),
-    (0, b"\0\0\x01\x5c", "an Analyze file", CONVERT),
-    (0, b"PK\x03\x04", "a zip archive", "unpack it"),
-    (0, b"version https://git-lfs", "a pointer of git-lfs", "fetch the file with: git lfs pull"),
-    (0, b"<", "a page of a web site", "download the file again, logged in"),
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"version https://git-lfs", "a pointer of git-lfs", "fetch the file with: git lfs pull"),
+    (b"<", "a page of a web site", "download the file again, logged in"),
 ]
 
 
@@ -108,8 +99,8 @@ def what_it_is(path: Path) -> str:
         if not packed and path.name.lower().endswith(".gz"):
             return "is not compressed; rename it to .nii"
         return "has a damaged header; copy the file again"
-    for start, signature, name, remedy in SIGNATURES:
-        if content[start:].startswith(signature):
+    for signature, name, remedy in SIGNATURES:
+        if content.startswith(signature):
             return f"is {name}; {remedy}"
     return "is not NIfTI, or damaged; copy the file again, or convert it to .nii.gz"
 

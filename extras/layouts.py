@@ -4,7 +4,6 @@ NIfTI in images/ and labels/, nnU-Net's and the Decathlon's folders, ACDC as dow
 SSL4MIS, the authors' PNG. What is left alone is named; what is ambiguous is refused.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -39,15 +38,6 @@ def listing(folder: Path | None) -> list[Path]:
                 raise BadInput(f"{entry}: is a link to nothing; correct it, or remove it")
             (todo if entry.is_dir() and not NIFTI.search(entry.name) else files).append(entry)
     return sorted(files)
-
-
-def text(name: str) -> str:
-    """Names that are not UTF-8, as from old zip files, are taken for Latin-1."""
-    raw = os.fsencode(name)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
 
 
 def child(root: Path | None, *names: str) -> Path | None:
@@ -88,13 +78,8 @@ def nifti_files(folder: Path | None) -> dict[str, Path]:
         if FOREIGN.search(file.name):
             raise BadInput(f"{file}: is not NIfTI; convert it to .nii.gz")
     for file in of_kind(files, NIFTI, "NIfTI"):
-        add(found, NIFTI.sub("", text(file.relative_to(folder).as_posix())), file)
+        add(found, NIFTI.sub("", file.relative_to(folder).as_posix()), file)
     return found
-
-
-def patient_of(name: str) -> str:
-    """By the rule that needs no flag: the first folder, or what stands before _frame."""
-    return name.split("/")[0] if "/" in name else name.split("_frame")[0]
 
 
 def paired(images: dict[str, Path], masks: dict[str, Path], part: str = "") -> list[Source]:
@@ -104,7 +89,8 @@ def paired(images: dict[str, Path], masks: dict[str, Path], part: str = "") -> l
     sources = []
     for name, image in images.items():
         mask = (masks[name],) if name in masks else None
-        sources.append(Source(name.replace("/", "-"), patient_of(name), (image,), mask, part))
+        patient = name.split("/")[0] if "/" in name else name.split("_frame")[0]
+        sources.append(Source(name.replace("/", "-"), patient, (image,), mask, part))
     return sources
 
 
@@ -157,7 +143,7 @@ def hdf5_layout(root: Path) -> list[Source]:
         return []
     found: dict[str, dict[int, Path]] = {}
     for file in of_kind(files, HDF5, "HDF5"):
-        match = re.fullmatch(r"(.+?)(?:_slice_(\d+))?", HDF5.sub("", text(file.name)))
+        match = re.fullmatch(r"(.+?)(?:_slice_(\d+))?", HDF5.sub("", file.name))
         add(found.setdefault(match[1], {}), int(match[2] or -1), file)
     sources = []
     for name, slices in found.items():
@@ -182,7 +168,7 @@ def png_layout(root: Path) -> list[Source]:
         volumes: dict[str, dict[int, Path]] = {}
         images = of_kind(listing(child(folder, "image", "images")), PNG, "PNG")
         for file in images:
-            match = re.fullmatch(r"(.+?)_(?:slice_?)?(\d+)", text(file.stem), re.I)
+            match = re.fullmatch(r"(.+?)_(?:slice_?)?(\d+)", file.stem, re.I)
             if not match:
                 raise BadInput(f"{file}: name it like patient001_frame01_slice_1.png")
             add(volumes.setdefault(match[1], {}), int(match[2]), file)

@@ -80,14 +80,14 @@ def mask_slabs(source: Source, image: Volume, values: list[int]) -> Iterator[np.
     """
     path = source.masks[0]
     mask = open_volume(source.masks, "label")
-    # By the headers a mask may lie half a voxel beside its image; this bounds it for all voxels.
-    corner = [*mask.shape[::-1], 1]
-    apart = [(np.abs(a - b)[:3] @ corner).max() for a, b in zip(mask.affines, image.affines)]
-    if apart and mask.shape == image.shape and not min(apart) <= min(image.spacing) / 2:
-        raise BadInput(f"{path}: lies {min(apart):.0f} mm beside its image; give both one affine")
     if mask.shape != image.shape:
         shapes = f"{mask.shape[::-1]}, its image {image.shape[::-1]}"
         raise BadInput(f"{path}: has shape {shapes}; they must be equal")
+    # By the headers a mask may lie half a voxel beside its image; this bounds it for all voxels.
+    corner = [*mask.shape[::-1], 1]
+    apart = [(np.abs(a - b)[:3] @ corner).max() for a, b in zip(mask.affines, image.affines)]
+    if apart and not min(apart) <= min(image.spacing) / 2:
+        raise BadInput(f"{path}: lies {min(apart):.0f} mm beside its image; give both one affine")
     order = np.argsort(values)
     ordered = np.array(values)[order]
     listed = ", ".join(map(str, values))

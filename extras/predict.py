@@ -48,20 +48,15 @@ def rotate_zoom(x: Tensor, angle: float, zoom: float) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
+def rotated_back(model: Model, angle: float, zoom: float, x: Tensor) -> Tensor:
+    """Logarithm of the probabilities of x rotated and scaled, brought back: (B,C,H,W)."""
+    p = model(rotate_zoom(x, angle, zoom)).float().softmax(1)
+    return rotate_zoom(p, -angle, 1 / zoom).log()
+
+
 def with_tta(model: Model) -> Model:
-    """The model with test-time augmentation: the mean probabilities over TTA, each rotated back.
-
-    Returns their logarithm, of which the softmax in `evaluate.predict` is the mean again.
-    """
-
-    def augmented(x: Tensor) -> Tensor:
-        p = 0.0
-        for angle, zoom in TTA:
-            probabilities = model(rotate_zoom(x, angle, zoom)).float().softmax(1)
-            p = p + rotate_zoom(probabilities, -angle, 1 / zoom)
-        return (p / len(TTA)).log()
-
-    return augmented
+    """The model with test-time augmentation: the mean probabilities over TTA."""
+    return mean_of([partial(rotated_back, model, angle, zoom) for angle, zoom in TTA])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +84,10 @@ def extended(model: VQSeg, saved: dict, flags: dict) -> tuple:
 
 
 def mean_of(models: list[Model]) -> Model:
-    """The ensemble: the logarithm of the mean probabilities of several models."""
+    """The ensemble: the logarithm of the mean probabilities of several models.
+
+    The softmax in `evaluate.predict` makes that mean of it again.
+    """
 
     def ensemble(x: Tensor) -> Tensor:
         probabilities = [model(x).float().softmax(1) for model in models]
@@ -126,17 +124,6 @@ def keep_largest(volume: np.ndarray) -> np.ndarray:
     for k in np.unique(volume[volume > 0]):
         kept[largest_component(volume == k)] = k
     return kept
-
-
-@torch.no_grad()
-def probabilities(model: Model, images: Tensor, shape: tuple[int, int], crop: int,
-                  device: torch.device) -> np.ndarray:
-    """`evaluate.predict` without its argmax: (Z,G,G) -> (Z,C,H,W) float32 at native size."""
-    parts = []
-    for chunk in images.split(8):
-        x = data.crop_center(chunk.to(device), crop)[:, None]  # (b,1,crop,crop)
-        parts.append(data.to_native(model(x).float().softmax(1), shape).cpu())
-    return torch.cat(parts).numpy()
 
 
 def load_runs(runs: list[Path], device: torch.device) -> tuple[list[Model], dict]:
@@ -215,7 +202,7 @@ def predict_file(model: Model, saved: dict, scan: Path, out: Path, device: torch
             nib.save(like(file, voxels, kind), paths[0])
             draw(paths[1], data.scale(series[0], saved["window"]), found[0], names, dy / dx)
             if with_probabilities:
-                p = probabilities(model, images, shape, crop, device)  # (Z,C,H,W)
+                p = evaluate.predict(model, images, shape, crop, device, labels=False)  # (Z,C,H,W)
                 nib.save(like(file, p.transpose(3, 2, 0, 1), np.dtype(np.float32)), paths[2])
             for path, name in zip(paths, outputs):
                 os.replace(path, out.with_name(name))

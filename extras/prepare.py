@@ -4,10 +4,9 @@
     python -m extras.prepare ACDC --split acdc --bits 8 --out acdc8        small, to be sent
     python -m extras.prepare --phantoms scans                              a folder to try this with
 
-SOURCE holds images/ and labels/ of NIfTI, or imagesTr/ and labelsTr/ (nnU-Net, Decathlon), or
-patientNNN/ (ACDC), or HDF5 (SSL4MIS), or train-label/, val/, test/ of PNG (the authors').
-FOLDER gets images.npy and masks.npy on the grid of data.py, dataset.json, and the native masks.
-Volumes are read a few slices at a time, so that a set may be larger than memory.
+SOURCE has one of the layouts in extras/layouts.py. FOLDER gets images.npy and masks.npy on the grid
+of data.py, dataset.json, and the native masks. Volumes are read a few slices at a time, so that a
+set may be larger than memory.
 The paper says nothing of this; it trained on ACDC and on chest CTs that are not public.
 """
 
@@ -30,7 +29,7 @@ import data
 import evaluate
 from data import BadInput
 from extras.files import check_whole, fault, open_volume, slabs
-from extras.layouts import Source, find, leave, text
+from extras.layouts import Source, find, leave
 from extras.masks import class_names, mask_slabs
 
 # -- The split -----------------------------------------------------------------------------------
@@ -93,9 +92,7 @@ def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
     except OSError as error:
         raise BadInput(f"{path}: {fault(path, error)}") from None
     except UnicodeDecodeError:
-        content = "\0"
-    if "\0" in content:  # UTF-16 without its mark
-        raise BadInput(f"{path}: is not UTF-8; save it as UTF-8")
+        raise BadInput(f"{path}: is not UTF-8; save it as UTF-8") from None
     split: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for line in content.splitlines():
         words = line.split("#")[0].rsplit(None, 1)
@@ -162,36 +159,28 @@ def prepare(args: argparse.Namespace) -> None:
         raise BadInput(f"--out {args.out}: already exists; not overwriting")
     sources = find(args.source, args.patient)
     split = make_split(args.source, sources, args.split, args.seed)
-    labels = class_names(args.source, text(args.classes), args.split, sources)
+    labels = class_names(args.source, args.classes, args.split, sources)
     listed = {*sum(split.values(), [])}
     others = [source.images[0] for source in sources if source.patient not in listed]
     leave(others, "of patients that the split does not name")
     sources = [source for source in sources if source.patient in listed]
-    window = None
-    if args.window:
-        try:
-            window = [float(word) for word in args.window.split(",")]
-            low, high = window
-        except ValueError:
-            low = high = 0.0
-        if not 0 < high - low < math.inf:
-            raise BadInput(f"--window={args.window}: give two numbers, like --window=-1000,400")
+    if args.window and not 0 < args.window[1] - args.window[0] < math.inf:
+        raise BadInput(f"--window {args.window}: the second number must be the larger")
     crop = args.eval_crop or (data.EVAL_CROP if args.split == "acdc" else data.GRID)
     if crop % 16 or not 16 <= crop <= data.GRID:
         raise BadInput(f"--eval-crop {crop}: must be a multiple of 16, at most {data.GRID}")
-    most = len({s.patient for s in sources if s.masks} & set(split["train"]))
-    if not 0 <= args.labeled <= most:
-        raise BadInput(f"--labeled {args.labeled}: must be 1 to {most}, all that have masks")
-    labeled = args.labeled or (7 if args.split == "acdc" else most)
+    labeled = 7
+    if args.split != "acdc":
+        labeled = len({s.patient for s in sources if s.masks} & set(split["train"]))
     warn_of_axes(sources)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as temporary:
         folder = Path(temporary, "set")
         folder.mkdir()
-        cases = write(sources, folder, [*labels.values()], window, args.bits)
+        cases = write(sources, folder, [*labels.values()], args.window, args.bits)
         # The field's protocol has distances in voxels; on a set of one's own mm mean more.
         about = {"labels": [*labels], "split": split, "labeled": labeled, "eval_crop": crop,
-                 "unit": "voxels" if args.split == "acdc" else "mm", "window": window,
+                 "unit": "voxels" if args.split == "acdc" else "mm", "window": args.window,
                  "cases": cases}
         record = json.dumps(about, indent=1) + "\n"
         (folder / "dataset.json").write_text(record, encoding="utf-8")
@@ -250,8 +239,8 @@ def main(arguments: list[str] | None = None) -> None:
                         help="what of a file's name is the patient, a regular expression: ^[^_]+")
     parser.add_argument("--split", default="", choices=["", "acdc"], help="acdc: the field's split")
     parser.add_argument("--seed", type=int, default=0, help="of the 70/10/20 split")
-    parser.add_argument("--labeled", type=int, default=0, help="default of train.py; 0 = all masks")
-    parser.add_argument("--window", default="", help="LOW,HIGH that become 0 and 1, as of CT")
+    parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="intensities that become 0 and 1, as of CT: -1000 400")
     parser.add_argument("--eval-crop", type=int, default=0, help="central pixels of 240 to score")
     parser.add_argument("--bits", type=int, default=16, choices=[8, 16], help="of a stored pixel")
     parser.add_argument("--phantoms", type=Path, metavar="FOLDER", help="write phantoms as scans")

@@ -40,7 +40,6 @@ def changed(dataset: data.Dataset, of: str, **changes) -> data.Dataset:
 
 
 def test_a_run_that_can_end_leaves_nothing_behind(begin, hearts, tmp_path):
-    (tmp_path / ".rehearsal-killed").mkdir()
     begin(hearts)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
@@ -82,15 +81,6 @@ def test_a_small_validation_set_is_warned_of(hearts, capsys, count, warned):
     assert (f"validation set has {count} patients" in capsys.readouterr().out) == warned
 
 
-def test_a_run_folder_that_cannot_be_written_is_refused(begin, hearts, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checks.tempfile, "TemporaryDirectory", full)
-    with pytest.raises(BadInput, match="cannot be written .No space left on device.*--out"):
-        begin(hearts)
-
-
 # -- Prepared sets and records that were damaged -------------------------------------------------
 
 
@@ -111,7 +101,7 @@ def test_a_prepared_set_as_it_was_written_is_opened(prepared, tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("labels", None), ("labels", "ab"), ("labels", [1, 2]), ("labels", ["a", "a"]),
+    ("labels", None), ("labels", "ab"), ("labels", ["a", "a"]),
     ("split", None), ("split", {"train": ["a"], "val": ["b"]}), ("labeled", 0), ("labeled", "1"),
     ("split", {"train": ["a", "a"], "val": ["b"], "test": []}), ("eval_crop", 17),
     ("eval_crop", "240"), ("window", [1]), ("window", [1, 1]), ("unit", "km"), ("cases", {}),
@@ -131,10 +121,9 @@ def test_a_record_of_a_set_without_its_unit_is_one_line(prepared, tmp_path):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("name", 3), ("patient", None), ("patient", "c"), ("shape", [2, 4]), ("shape", [-2, 4, 5]),
-    ("shape", "abc"), ("shape", [300, 4, 5]), ("shape", [2.0, 4.0, 5.0]), ("spacing", None),
-    ("spacing", [0, 1, 1]),
-    ("first", -1), ("first", 0.0), ("first", 99), ("mask", 5)])
+    ("patient", None), ("patient", "c"), ("shape", [2, 4]), ("shape", [-2, 4, 5]),
+    ("shape", "abc"), ("shape", [300, 4, 5]), ("spacing", None), ("spacing", [0, 1, 1]),
+    ("first", -1), ("first", 99), ("mask", 5)])
 def test_a_case_of_a_set_that_was_changed_is_one_line(prepared, tmp_path, key, value):
     prepared["cases"][0][key] = value
     (tmp_path / "dataset.json").write_text(json.dumps(prepared))
@@ -156,14 +145,6 @@ def test_arrays_of_another_set_are_one_line(prepared, tmp_path, name, array):
 def test_a_mask_value_that_is_no_class_is_refused_before_training(hearts):
     with pytest.raises(BadInput, match="set/masks.npy: holds the value 9; run extras.prepare"):
         checks.warn(hearts._replace(masks=hearts.masks.clamp(min=9)), 3, "set")
-
-
-@pytest.mark.parametrize("record", [
-    {"split": None, "volumes": {"a": ["a", 1, 2, 3]}}, {"split": {"val": []}, "volumes": []},
-    {"split": {"val": []}, "volumes": {"a": []}}, {"split": {"val": None}, "volumes": {"a": [1]}}])
-def test_a_record_of_a_run_that_was_damaged_is_one_line(hearts, record):
-    with pytest.raises(BadInput, match="record of its volumes is damaged; begin another run"):
-        checks.same_volumes(record, hearts, "val")
 
 
 @pytest.mark.parametrize("name, value, allowed", [

@@ -78,7 +78,7 @@ def test_codeword_counts_are_those_of_brute_force(monkeypatch):
     assert figures.codeword_counts(model, dataset).tolist() == expected
 
 
-@pytest.mark.parametrize("content", ["{", "3\n", '{"step": 1}\n\n'])
+@pytest.mark.parametrize("content", ["{", '{"step": 1}\n\n'])
 def test_a_log_that_is_damaged_is_one_line(tmp_path, content):
     (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(BadInput, match="log.jsonl: damaged; remove it"):

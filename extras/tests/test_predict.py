@@ -105,7 +105,6 @@ def test_affine_zooms_units_and_orientation_are_those_of_the_scan(tmp_path, affi
     scan = save_scan(tmp_path / "a.nii", affine=affine)
     found, _ = segment(tmp_path / "a.nii", tmp_path / "seg.nii")
     assert np.array_equal(found.affine, scan.affine)
-    assert nib.aff2axcodes(found.affine) == nib.aff2axcodes(scan.affine)
     assert found.header.get_zooms() == scan.header.get_zooms()
     assert found.header.get_xyzt_units() == ("mm", "sec")
 

@@ -61,7 +61,7 @@ def start(flags: list[str], **environment: str) -> subprocess.Popen:
 
 
 def test_a_run_that_is_killed_three_times_ends_bitwise_like_one_that_is_not(tmp_path):
-    flags = ["--steps", "60", *SMALL[2:]]
+    flags = ["--steps", "40", *SMALL[2:]]
     assert start([*flags, "--out", str(tmp_path / "whole")]).wait() == 0
     killed = tmp_path / "killed"
     run = start([*flags, "--out", str(killed)])
@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_three_times_ends_bitwise_like_one_that_is_not(tmp_
                 break
             time.sleep(0.02)
         run.send_signal(signal.SIGKILL)
-        run.wait()
+        assert run.wait() == -signal.SIGKILL
         run = start(["--resume", str(killed)])
     assert run.wait() == 0
     whole, resumed = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "killed"))
@@ -83,8 +83,8 @@ def test_a_run_that_is_killed_three_times_ends_bitwise_like_one_that_is_not(tmp_
 
 
 @pytest.mark.parametrize("environment", [
-    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": "/proc/nowhere"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": "/proc/nowhere",
+     "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
     {"PYTHONIOENCODING": "ascii:strict", "MPLBACKEND": "TkAgg", "DISPLAY": ""}])
 def test_a_run_ends_whole_whatever_locale_backend_and_home_are(tmp_path, environment):
     assert start([*SMALL, "--out", str(tmp_path / "ru\u0141")], **environment).wait() == 0
