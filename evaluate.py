@@ -114,8 +114,7 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
 @torch.no_grad()
 def predict(model: Model, images: Tensor, shape: tuple[int, int], crop: int, device: torch.device,
             amp: bool = False, batch: int = 8, labels: bool = True) -> np.ndarray:
-    """A volume on the grid (Z,G,G) -> (Z,H,W) uint8 labels at native size (H,W), slice by slice;
-    without `labels` the (Z,C,H,W) float32 probabilities."""
+    """(Z,G,G) -> labels at native size, (Z,H,W) uint8; or the probabilities, (Z,C,H,W) float32."""
     found = []
     for chunk in images.split(batch):
         x = data.crop_center(chunk.to(device).float(), crop)[:, None]  # (b,1,crop,crop)
@@ -219,8 +218,7 @@ def save(path: Path, content: dict | bytes) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk
         part.unlink(missing_ok=True)
-        remedy = "make room, or name another place; a training continues with --resume RUN"
-        raise BadInput(f"{path}: {error}; {remedy}") from None
+        raise BadInput(f"{path}: {error}; make room or write elsewhere; --resume goes on") from None
 
 def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) -> tuple:
     """The best (or last) teacher of a run, its checkpoint; what is resumed takes its state."""

@@ -8,7 +8,6 @@ equal the step on the CPU, both make the choices of the CPU.
 
 import json
 import math
-import time
 import warnings
 
 import pytest
@@ -21,7 +20,7 @@ import losses
 import qpm
 import train
 import vq
-from model import ema_update, foundation_model
+from model import foundation_model
 
 DEV = "cuda"
 CPU = torch.device("cpu")
@@ -31,10 +30,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(),
                                 reason="no CUDA device: nothing of test_cuda.py was tried")
 
 @pytest.fixture(autouse=True)
-def exact_and_small(monkeypatch):
+def exact_and_small(few_phantoms, monkeypatch):
     """float32 without TF32, which keeps 11 bits; few phantoms; no tables and pictures."""
-    split = {"train": ["001", "002", "003", "004"], "val": ["015"], "test": ["019"]}
-    monkeypatch.setattr(data, "PHANTOM_SPLIT", split)
     monkeypatch.setattr(evaluate, "score_run", lambda *args: None)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
@@ -60,24 +57,6 @@ def loss_of(s, student, teacher, fm, x_l, y_l, x_u, x_a, g):
     if s.supervised:
         return train.supervised_loss(s, student, x_l, y_l)
     return train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, 1.0, g)
-
-def seconds_of_a_step(flags):
-    """The mean of 25 steps on one batch on the GPU, in float32, without loading it."""
-    s = train.read_settings(["--warmup", "0", *flags])
-    dataset, *rows = train.open_data(s, 1, torch.device(DEV))
-    student, teacher, fm, optimizer, _ = train.build(s, dataset, torch.device(DEV))
-    batch = views(s, dataset, *rows, torch.Generator(DEV).manual_seed(0))
-    for step in range(50):
-        if step == 25:  # kernels are loaded
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-        loss, _ = loss_of(s, student, teacher, fm, *batch, torch.Generator(DEV).manual_seed(step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        ema_update(teacher, student, 0.9)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / 25
 
 # -- The same numbers ----------------------------------------------------------------------------
 
@@ -187,7 +166,7 @@ def test_qpm_of_no_and_of_full_strength(temperature):
 @pytest.mark.parametrize("kind", ["none", "dropout", "shuffle", "qpm", "supervised"])
 def test_host_waits_only_for_qpm(kind, monkeypatch, tmp_path):
     """Between two log lines the host never waits for the GPU. QPM is the exception: how many tokens
-    a round refuses must be known to the host. What that costs is printed."""
+    a round refuses must be known to the host."""
     flags = ["--supervised"] if kind == "supervised" else ["--perturb", kind]
     flags += ["--steps", "100", "--device", DEV, "--out", str(tmp_path / "run")]
     generator, summary, mode = train.generator, evaluate.summary, torch.cuda.set_sync_debug_mode
@@ -213,9 +192,6 @@ def test_host_waits_only_for_qpm(kind, monkeypatch, tmp_path):
     print(f"{kind}: the host waits {waits:.1f} times a step")
     if kind == "qpm":
         assert 0 < waits <= qpm.ROUNDS + 4  # were it 0, the other kinds would prove nothing
-        with_qpm = seconds_of_a_step([])
-        without = seconds_of_a_step(["--perturb", "none"])
-        print(f"QPM takes {1000 * (with_qpm - without):.2f} of {1000 * with_qpm:.2f} ms a step")
 
 @pytest.mark.parametrize("first, second", [(DEV, "cpu"), ("cpu", DEV)])
 def test_resume_on_the_other_device(first, second, tmp_path, monkeypatch):

@@ -112,69 +112,35 @@ def test_where_all_patients_are_labeled_all_slices_serve_as_unlabeled(acdc):
     assert few == many
 
 
-def remove_mask(root):
-    next(root.rglob("patient001_frame01_gt*")).unlink()
+WRONG = {  # what follows the name of patient001's first frame -> what is put there, what is said
+    "a mask is missing": ("_gt.nii.gz", None, "patient001 is not as downloaded: .*copy it again"),
+    "a frame is missing": (".nii.gz", None, "patient001 is not as downloaded"),
+    "a frame is there twice": (".nii", volume(1)[0], "patient001 is not as downloaded"),
+    "label": ("_gt.nii.gz", volume(1)[1] + np.uint8(1),
+              "frame01_gt.nii.gz: label value 4 is not one of 0 to 3; change the labels"),
+    "shape": ("_gt.nii.gz", volume(1)[1].transpose(1, 0, 2),
+              r"frame01_gt.nii.gz: has shape \(16, 24, 3\), its image \(24, 16, 3\)"),
+    "not finite": (".nii.gz", np.full((24, 16, 3), np.nan, np.float32),
+                   r"frame01.nii.gz: unreadable \(.*voxels are no finite.*or copy it again"),
+    "4-D": (".nii.gz", np.zeros((24, 16, 3, 2), np.int16),
+            r"shape \(24, 16, 3, 2\) is not \(x, y, z\)'\)\); allow it, or copy it"),
+    # The checksum of what is compressed, at which nibabel does not look.
+    "checksum": (".nii.gz", lambda old: old[:-8] + bytes([old[-8] ^ 1]) + old[-7:],
+                 r"frame01.nii.gz: unreadable \(BadGzipFile"),
+    "cut off": (".nii.gz", lambda old: old[:-4], r"frame01.nii.gz: unreadable \(EOFError"),
+    "something else": (".nii.gz", lambda old: b"hello", "frame01.nii.gz: unreadable .*; allow it")}
 
 
-def remove_patient(root):
-    for file in (root / "training" / "patient001").iterdir():
-        file.unlink()
-
-
-def add_twin(root):
-    save(root / "training" / "patient001" / "patient001_frame01.nii", volume(1)[0])
-
-
-def spoil_label(root):
-    save(root / "training" / "patient001" / "patient001_frame01_gt.nii.gz", volume(1)[1] + 1)
-
-
-def spoil_shape(root):
-    mask = volume(1)[1].transpose(1, 0, 2)
-    save(root / "training" / "patient001" / "patient001_frame01_gt.nii.gz", mask)
-
-
-def spoil_voxels(root):
-    image = np.full((24, 16, 3), np.nan, np.float32)
-    save(root / "training" / "patient001" / "patient001_frame01.nii.gz", image)
-
-
-def spoil_dimensions(root):
-    image = np.zeros((24, 16, 3, 2), np.int16)
-    path = root / "training" / "patient001" / "patient001_frame01.nii.gz"
-    nib.save(nib.Nifti1Image(image, np.eye(4)), path)
-
-
-def spoil_checksum(root):
-    path = root / "training" / "patient001" / "patient001_frame01.nii.gz"
-    content = bytearray(path.read_bytes())
-    content[-8] ^= 1  # the checksum of what is compressed, at which nibabel does not look
-    path.write_bytes(content)
-
-
-def spoil_end(root):
-    path = root / "training" / "patient001" / "patient001_frame01.nii.gz"
-    path.write_bytes(path.read_bytes()[:-4])
-
-
-def spoil_bytes(root):
-    (root / "training" / "patient001" / "patient001_frame01.nii.gz").write_bytes(b"cut off")
-
-
-@pytest.mark.parametrize("spoil, said", [
-    (remove_mask, "patient001 is not as downloaded: .*copy it again"),
-    (remove_patient, "patient001 is not as downloaded"),
-    (add_twin, "patient001 is not as downloaded"),
-    (spoil_label, r"frame01_gt.nii.gz: label value 4 is not one of 0 to 3; change the labels"),
-    (spoil_shape, r"frame01_gt.nii.gz: has shape \(16, 24, 3\), its image \(24, 16, 3\)"),
-    (spoil_voxels, r"frame01.nii.gz: unreadable \(.*voxels are no finite.*or copy it again"),
-    (spoil_dimensions, r"shape \(24, 16, 3, 2\) is not \(x, y, z\)'\)\); allow it, or copy it"),
-    (spoil_checksum, r"frame01.nii.gz: unreadable \(BadGzipFile"),
-    (spoil_end, r"frame01.nii.gz: unreadable \(EOFError"),
-    (spoil_bytes, "frame01.nii.gz: unreadable .*; allow it, or copy it again"),
-])
-def test_bad_files_are_named_with_their_remedy(acdc, spoil, said):
-    spoil(acdc)
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_files_are_named_with_their_remedy(acdc, case):
+    end, content, said = WRONG[case]
+    path = acdc / "training" / "patient001" / f"patient001_frame01{end}"
+    if content is None:
+        path.unlink()
+    elif callable(content):
+        path.write_bytes(content(path.read_bytes()))
+    else:
+        save(path, content)
     with pytest.raises(BadInput, match=said):
         load(acdc)
 
@@ -309,13 +275,27 @@ def test_weak_view_differs_between_slices_and_repeats_with_the_seed():
     assert torch.equal(x, data.weak_view(*blobs(), seeded())[0])
 
 
-def test_weak_view_shows_all_that_evaluation_sees():
-    """The union of many views reaches each corner of the evaluation crop."""
-    marks = torch.zeros(1, 240, 240, dtype=torch.uint8)
-    marks[:, 42:50, 42:50], marks[:, 190:198, 190:198] = 1, 2
-    images = marks[:, None].float().expand(300, 1, 240, 240)
-    _, y = data.weak_view(images, marks.expand(300, 240, 240), seeded())
-    assert set(y.unique().tolist()) == {0, 1, 2}
+@pytest.mark.parametrize("eval_crop, reach", [(160, 24), (128, 8), (96, 8)])
+def test_weak_view_shifts_to_all_that_evaluation_sees_and_8_pixels_more(monkeypatch, eval_crop,
+                                                                       reach):
+    """The largest shift, neither rotated nor scaled."""
+    monkeypatch.setattr(data, "uniform", lambda low, high, shape, g: torch.full(
+        shape, {-0.7: 0.0, 0.8: 1.0}.get(low, high)))
+    x = torch.rand(1, 1, 240, 240, generator=seeded())
+    view, _ = data.weak_view(x, torch.zeros(1, 240, 240), seeded(), eval_crop)
+    first = 120 - 64 + reach
+    expected = x[..., first : first + 128, first : first + 128]
+    assert torch.allclose(view, expected, atol=1e-4)
+
+
+def test_weak_view_rotates_by_up_to_40_degrees():
+    """Seen by the longest axis of an ellipse that stands upright."""
+    _, y = data.weak_view(*blobs(200), seeded(), 128)
+    angles = []
+    for mask in y:
+        axis = torch.linalg.eigh(mask.nonzero().double().T.cov()).eigenvectors[:, 1]  # (y,x)
+        angles.append(torch.atan(axis[1] / axis[0]).item())
+    assert -0.72 < min(angles) < -0.6 and 0.6 < max(angles) < 0.72
 
 
 def test_weak_view_zooms_by_0_8_to_1_3():
@@ -355,12 +335,19 @@ def test_strong_view_blurs_like_a_gaussian(monkeypatch):
 
 
 def test_contrast_of_a_strong_view_keeps_the_mean(monkeypatch):
-    """Gamma 2 and contrast 1.5, no brightness, blur or noise."""
-    strengths = iter([math.log(2), math.log(1.5), 0.0, 0.1, 1.0, 0.0])
+    """Gamma 2, contrast 1.5 and brightness 0.05, no blur or noise."""
+    strengths = iter([math.log(2), math.log(1.5), 0.05, 0.1, 1.0, 0.0])
     monkeypatch.setattr(data, "uniform", lambda *args: torch.full(args[2], next(strengths)))
     x = torch.tensor([0.4, 0.6]).repeat(32).reshape(1, 1, 8, 8)
-    expected = (x**2 - 0.26) * 1.5 + 0.26  # the mean of 0.16 and 0.36
+    expected = (x**2 - 0.26) * 1.5 + 0.26 + 0.05  # 0.26: the mean of 0.16 and 0.36
     assert torch.allclose(data.strong_view(x, seeded()), expected)
+
+
+def test_noise_of_a_strong_view_has_the_strength_that_was_drawn(monkeypatch):
+    strengths = iter([0.0, 0.0, 0.0, 0.1, 1.0, 0.05])
+    monkeypatch.setattr(data, "uniform", lambda *args: torch.full(args[2], next(strengths)))
+    strong = data.strong_view(torch.full((1, 1, 100, 100), 0.5), seeded())
+    assert strong.std().item() == pytest.approx(0.05, rel=0.05)
 
 
 # -- Phantoms

@@ -65,10 +65,9 @@ def test_the_readme_has_170_lines_at_most():
     assert len(README.splitlines()) <= 170
 
 
-@pytest.mark.parametrize("module, name", re.findall(r"`(\w+)\.(?!py)(\w+)`", README))
+@pytest.mark.parametrize("module, name", re.findall(rf"`({'|'.join(SEVEN)})\.(?!py)(\w+)`", README))
 def test_functions_that_the_readme_names_exist(module, name):
-    if module in SEVEN:
-        assert hasattr(importlib.import_module(module), name)
+    assert hasattr(importlib.import_module(module), name)
 
 
 @pytest.mark.parametrize("path, name", re.findall(r"`([\w/]*tests/\w+\.py)::(\w+)`", README))
@@ -79,5 +78,6 @@ def test_tests_that_the_readme_names_exist(path, name):
 
 
 def test_requirements_are_five_packages():
-    names = re.findall(r"^(\w+)>=", (ROOT / "requirements.txt").read_text(), re.M)
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    names = [re.match(r"[\w.-]*", line)[0] for line in lines]
     assert sorted(names) == ["matplotlib", "nibabel", "numpy", "pytest", "torch"]

@@ -156,10 +156,9 @@ def test_the_warm_up_leaves_the_unlabeled_batch_out(step):
     assert "seg_u" not in terms and "rec_u" not in terms
 
 
-def test_every_part_of_the_student_learns_and_the_teacher_does_not(step):
+def test_every_part_of_the_student_learns(step):
     step.loss()[0].backward()
     assert all(p.grad is not None and p.grad.any() for p in step.student.parameters())
-    assert all(p.grad is None for p in (*step.teacher.parameters(), *step.fm.parameters()))
 
 
 def gradient(part: torch.nn.Module) -> bool:
@@ -256,12 +255,11 @@ def test_the_teachers_alpha_rises_from_a_tenth(calls):
     assert alphas == pytest.approx([(1 + k) / (10 + k) for k in range(120)])
 
 
-def test_the_teachers_alpha_stays_at_that_of_section_3_4(monkeypatch, tmp_path):
+def test_the_teachers_alpha_stays_at_that_of_section_3_4(unscored, monkeypatch, tmp_path):
     alphas = []
     begin = train.open_run
     monkeypatch.setattr(train, "open_run", lambda *given: (begin(*given)[0], 880, -1.0, []))
     monkeypatch.setattr(train, "ema_update", lambda teacher, student, alpha: alphas.append(alpha))
-    monkeypatch.setattr(evaluate, "score_run", lambda *given: None)
     run(tmp_path / "late", "--steps", "900")
     assert alphas == pytest.approx([(1 + k) / (10 + k) for k in range(880, 890)] + [0.99] * 10)
 
@@ -344,12 +342,10 @@ def test_a_run_ends_with_pictures(finished):
     assert names >= {"predictions.png", "curves.png"}
 
 
-@pytest.mark.parametrize("warmup, step", [("0.25", 3), ("0", 0), ("1", 12)])
-def test_the_words_of_the_log_and_when_the_unlabeled_join_are_explained(unscored, tmp_path, capsys,
-                                                                       warmup, step):
-    run(tmp_path, "--warmup", warmup)
-    assert (f"terms (_l labeled, _u unlabeled: these join at step {step}), codewords used, their "
-            "perplexity, speed, time left") in capsys.readouterr().out
+def test_the_log_says_at_which_step_the_unlabeled_join(unscored, tmp_path, capsys):
+    log = run(tmp_path, "--warmup", "0.3")["log"]  # 0.3 of 12 steps is 3.6
+    first = next(record["step"] for record in log if "seg_u" in record)
+    assert first == 5 and "these join at step 4)" in capsys.readouterr().out  # after four steps
 
 
 def test_the_log_has_all_terms_and_the_use_of_the_codebook(finished):
@@ -359,30 +355,8 @@ def test_the_log_has_all_terms_and_the_use_of_the_codebook(finished):
     assert set(lines[-2]) == terms and set(lines[-1]) == {"step", "val_dice"}
 
 
-def test_the_same_seed_gives_the_same_bits(finished, unscored, tmp_path):
-    assert same(finished[1], run(tmp_path))
-
-
 def test_another_seed_gives_others(finished, unscored, tmp_path):
     assert not same(finished[1], run(tmp_path, "--seed", "1"))
-
-
-def test_a_resumed_run_ends_bitwise_like_one_without_a_stop(finished, unscored, tmp_path,
-                                                                 monkeypatch):
-    original = train.generator
-
-    def stopping(device, seed, step, rank):
-        if step == 8:  # three steps after a checkpoint
-            raise KeyboardInterrupt
-        return original(device, seed, step, rank)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "generator", stopping)
-        run(tmp_path)
-    folder = train.train(train.read_settings(["--resume", str(tmp_path)]))
-    resumed = torch.load(folder / "last.pt", weights_only=True)
-    assert same(finished[1], resumed)
-    assert finished[1]["log"] == resumed["log"]
 
 
 def test_masks_of_unlabeled_slices_are_never_read(finished, unscored, tmp_path, monkeypatch):
@@ -407,16 +381,25 @@ def test_best_pt_is_the_teacher_with_the_best_validation(unscored, tmp_path, mon
     assert (best["step"], best["val_dice"]) == (10, 0.9)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(unscored, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "total_loss", lambda l_db, l_align, lambda_a: l_db * math.nan)
-    monkeypatch.setattr(data, "extra", lambda name: None)
     with pytest.raises(BadInput, match="step 1: the loss is not finite.*a smaller --lr"):
         run(tmp_path)
 
 
-def test_a_run_is_not_written_over(finished):
+def test_a_run_is_not_written_over(finished, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="holds a run"):
         run(finished[0])
+    monkeypatch.chdir(tmp_path)
+    s = train.read_settings(["--labeled", "3"])
+    names = [str(train.open_run(s, 0, {}, None, None, None)[0]) for _ in range(2)]
+    assert names == ["runs/phantom-3-vqseg-qpm-seed1337", f"{names[0]}-again"]
+
+
+def test_a_score_beyond_the_protocol_has_a_file_of_its_own_and_no_pictures(finished):
+    evaluate.score_run(finished[0], "test", CPU, unit="mm")
+    assert (finished[0] / "test-mm.csv").exists()
+    assert not list(finished[0].glob("test*.png"))
 
 
 # -- Settings
@@ -426,15 +409,17 @@ def test_there_are_at_most_28_flags():
     assert len(fields(train.Settings)) <= 28
 
 
-def test_paper_sets_what_section_4_2_states():
+def test_paper_sets_what_section_4_2_states_and_none_of_our_additions():
     s = train.read_settings(["--paper"])
     found = (s.codebook_size, s.eps, s.lambda_a, s.lambda_u, s.batch, s.lr, s.encoder, s.fm)
     assert found == (16384, 0.7, 5.0, 1.0, 4, 1e-4, "dinov2", "dinov2")
-
-
-def test_paper_has_none_of_our_additions():
-    s = train.read_settings(["--paper"])
     assert (s.lambda_dice, s.lambda_usage, s.warmup, s.threshold) == (0, 0, 0, 0)
+
+
+def test_paper_trains_for_100_passes_over_the_unlabeled_slices():
+    s = train.read_settings(["--paper", "--batch", "2", "--device", "cpu"])
+    _, _, unlabeled = train.open_data(s, 3, CPU)  # three processes
+    assert s.steps == math.ceil(100 * len(unlabeled) / 6)
 
 
 def test_paper_has_sgd_with_momentum_and_weight_decay():
@@ -469,7 +454,7 @@ def test_more_labeled_patients_than_there_are_is_refused():
 
 def test_resume_takes_the_runs_own_flags(finished):
     again = ["--resume", str(finished[0]), *SMALL, "--steps", "12", "--warmup", "0.25"]
-    assert train.read_settings(again).steps == 12
+    assert train.read_settings(again) == train.read_settings(["--resume", str(finished[0])])
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {"width": 4, "depth": 5}}'])
@@ -518,10 +503,10 @@ def test_a_checkpoint_of_another_version_is_refused(finished, tmp_path, key):
         evaluate.load_run(tmp_path, CPU)
 
 
-@pytest.mark.parametrize("name, times", [("best.pt", 1), ("log.jsonl", 1), ("last.pt", 1),
-                                         ("log.jsonl", 3), ("last.pt", 3)])
-def test_what_a_crash_left_out_is_written_after_it(finished, unscored, tmp_path, monkeypatch, name,
-                                                   times):
+@pytest.mark.parametrize("name, times", [("best.pt", 1), ("last.pt", 1), ("log.jsonl", 3),
+                                         ("last.pt", 3)])
+def test_a_run_that_stops_anywhere_ends_bitwise_like_one_without_a_stop(
+        finished, unscored, tmp_path, monkeypatch, name, times):
     save, seen = evaluate.save, []
 
     def crash(path, content):
