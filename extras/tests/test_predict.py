@@ -287,7 +287,8 @@ def test_eps_1_replaces_every_token_at_test_time(runs):
     x = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     model.predict(x)
     network(x)
-    assert (seen[0] != seen[1]).any(1).all() and names == ["eps1.0"]
+    moved = (seen[0] - seen[1]).norm(dim=1)  # of one codeword in both: rounding, about 1e-7
+    assert moved.min() > 1e-3 and names == ["eps1.0"]
     with pytest.raises(BadInput, match="--eps 2: must be 0 to 1"):
         predict.extended(model, saved, flags | {"eps": 2})
 
