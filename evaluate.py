@@ -114,7 +114,7 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
 @torch.no_grad()
 def predict(model: Model, images: Tensor, shape: tuple[int, int], crop: int, device: torch.device,
             amp: bool = False, batch: int = 8, labels: bool = True) -> np.ndarray:
-    """(Z,G,G) -> labels at native size, (Z,H,W) uint8; or the probabilities, (Z,C,H,W) float32."""
+    """(Z,G,G) -> (Z,H,W) uint8 at native size (H,W); with labels=False (Z,C,H,W) probabilities."""
     found = []
     for chunk in images.split(batch):
         x = data.crop_center(chunk.to(device).float(), crop)[:, None]  # (b,1,crop,crop)
@@ -218,7 +218,7 @@ def save(path: Path, content: dict | bytes) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # a full disk
         part.unlink(missing_ok=True)
-        raise BadInput(f"{path}: {error}; make room or write elsewhere; --resume goes on") from None
+        raise BadInput(f"{path}: {error}; make room or write elsewhere, then --resume") from None
 
 def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) -> tuple:
     """The best (or last) teacher of a run, its checkpoint; what is resumed takes its state."""
