@@ -47,17 +47,6 @@ def unit(*shape):
     g = torch.Generator().manual_seed(shape[0])
     return F.normalize(torch.randn(shape, generator=g), dim=-1)
 
-def views(s, dataset, labeled, unlabeled, g):
-    """x_l, y_l, x_u, x_a of a step, as in train.train."""
-    x_l, y_l = data.weak_view(*data.batch(dataset, labeled, s.batch, g), g, dataset.eval_crop)
-    x_u, _ = data.weak_view(*data.batch(dataset, unlabeled, s.batch, g), g, dataset.eval_crop)
-    return data.strong_view(x_l, g), y_l, x_u, data.strong_view(x_u, g)
-
-def loss_of(s, student, teacher, fm, x_l, y_l, x_u, x_a, g):
-    if s.supervised:
-        return train.supervised_loss(s, student, x_l, y_l)
-    return train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, 1.0, g)
-
 # -- The same numbers ----------------------------------------------------------------------------
 
 def share_choices(monkeypatch):
@@ -87,10 +76,16 @@ def share_choices(monkeypatch):
 def first_step(s, device):
     """The loss terms and the gradients of a first step on views that were made on the CPU."""
     g = torch.Generator().manual_seed(0)
-    dataset, *rows = train.open_data(s, 1, CPU)
-    batch = [x.to(device) for x in views(s, dataset, *rows, g)]
+    dataset, labeled, unlabeled = train.open_data(s, 1, CPU)
+    x_l, y_l = data.weak_view(*data.batch(dataset, labeled, s.batch, g), g, dataset.eval_crop)
+    x_u, _ = data.weak_view(*data.batch(dataset, unlabeled, s.batch, g), g, dataset.eval_crop)
+    x_l, y_l, x_u, x_a = (
+        x.to(device) for x in (data.strong_view(x_l, g), y_l, x_u, data.strong_view(x_u, g)))
     student, teacher, fm, _, _ = train.build(s, dataset, device)
-    loss, terms = loss_of(s, student, teacher, fm, *batch, g)
+    if s.supervised:
+        loss, terms = train.supervised_loss(s, student, x_l, y_l)
+    else:
+        loss, terms = train.vqseg_loss(s, student, teacher, fm, x_l, y_l, x_u, x_a, 1.0, g)
     loss.backward()
     terms = {name: terms[name].item() for name in terms if name != "indices"}
     named = student.named_parameters()
