@@ -32,8 +32,8 @@ if sys.version_info < (3, 10):  # the type hints below would be a TypeError
     sys.exit(2)
 
 GRID = 240  # G: pixels of a slice's longer side
-CROP = 128  # training sees so many pixels of it, Section 4.2
-EVAL_CROP = 160  # evaluation sees so many, around the center
+CROP = 128  # pixels along a side that training sees, Section 4.2
+EVAL_CROP = 160  # pixels along a side that evaluation sees, around the center
 CLASSES = ["background", "RV", "Myo", "LV"]
 
 # Training, validation and test patients. `--labeled 7` takes the first seven.
@@ -112,8 +112,8 @@ def load(name: str, root: str = "", parts: tuple[str, ...] = ("train", "val")) -
     return stack(*read_acdc(folder, parts), ACDC_SPLIT, labeled=7)
 
 def load_prepared(folder: Path) -> Dataset:
-    """Of `extras.prepare`, memory-mapped: may be larger than memory, unless it has 8 bits."""
-    checks = extra("checks")  # not below: a package that is missing is no damage
+    """A set of `extras.prepare`: memory-mapped, but 8-bit images are read into memory."""
+    checks = extra("checks")  # not in the try: a missing package is not a damaged file
     try:
         about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         cases = [Case(**case) for case in about.pop("cases")]
@@ -121,7 +121,7 @@ def load_prepared(folder: Path) -> Dataset:
         # Mode "c": a change would stay in memory. PyTorch warns about arrays that are read-only.
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))
         masks = torch.from_numpy(np.load(folder / "masks.npy", mmap_mode="c"))
-        images = images / 255 if images.dtype == torch.uint8 else images  # for a set to be sent
+        images = images / 255 if images.dtype == torch.uint8 else images  # --bits 8
         dataset = Dataset(**about, cases=cases, images=images, masks=masks)
         return checks.intact(dataset) if checks else dataset
     except Exception as error:  # a damaged file can fail in any way

@@ -83,7 +83,7 @@ def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a - b[found], dim=1)
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 1)) -> tuple:
-    """Both directed sets of surface distances, pred_to_gt and gt_to_pred, of two (Z,H,W) masks."""
+    """pred_to_gt and gt_to_pred of two (Z,H,W) masks; in voxels, or mm with a (z,y,x) spacing."""
     if not prediction.any() or not truth.any():
         diagonal = np.linalg.norm((np.array(truth.shape) - 1) * spacing)
         value = np.array([diagonal if prediction.any() or truth.any() else math.nan])
@@ -92,13 +92,13 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 
     b = torch.from_numpy(surface(truth) * np.array(spacing, float))
     return nearest_distances(a, b).numpy(), nearest_distances(b, a).numpy()
 
-def hd95(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 1)) -> float:
-    """95th percentile of the pooled surface distances; in voxels, or mm with a (z,y,x) spacing."""
-    return float(np.percentile(np.concatenate(surface_distances(prediction, truth, spacing)), 95))
+def hd95(pred_to_gt: np.ndarray, gt_to_pred: np.ndarray) -> float:
+    """95th percentile of both sets of surface distances, pooled; nan where they are."""
+    return float(np.percentile(np.concatenate([pred_to_gt, gt_to_pred]), 95))
 
-def asd(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 1)) -> float:
-    """Mean distance from the predicted to the true surface, units as hd95."""
-    return float(surface_distances(prediction, truth, spacing)[0].mean())
+def asd(pred_to_gt: np.ndarray) -> float:
+    """Mean distance from the predicted to the true surface; nan where it is."""
+    return float(np.mean(pred_to_gt))
 
 def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str],
           spacing=(1, 1, 1), distances: bool = True) -> list[Row]:
@@ -107,8 +107,8 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
     for k, label in enumerate(labels[1:], start=1):
         p, t = prediction == k, truth == k
         found = surface_distances(p, t, spacing) if distances else ([math.nan], [math.nan])
-        hd, sd = float(np.percentile(np.concatenate(found), 95)), float(np.mean(found[0]))
-        rows.append(Row(case, label, dice(p, t), jaccard(p, t), hd, sd, t.any() and not p.any()))
+        rows.append(Row(case, label, dice(p, t), jaccard(p, t), hd95(*found), asd(found[0]),
+                        empty=t.any() and not p.any()))
     return rows
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def nanmean(values: list) -> np.ndarray:
     return np.ma.masked_invalid(values).mean(0).filled(math.nan)
 
 def table(rows: list[Row]) -> str:
-    """The means, and in how many volumes nothing of a class was predicted."""
+    """The means, and in how many volumes the prediction lacks a class that the mask has."""
     lines = [f"{'class':10}" + "".join(f"{m:>9}" for m in METRICS) + "   empty predictions"]
     for label, values in class_means(rows).items():
         counted = [r for r in rows if label in (r.label, "mean")]
@@ -172,7 +172,7 @@ def report(path: Path, rows: list[Row], saved: dict, unit: str, how: str = PROTO
 def score_run(run: Path, part: str, device: torch.device, root: str = "", unit: str = "", **beyond):
     """The table of a run's best teacher, also into a CSV file, and pictures.
 
-    What goes beyond the field's protocol has a file of its own, named after it, and no pictures.
+    Flags beyond the field's protocol write a CSV file named after them, and no pictures.
     """
     model, saved = load_run(run, device)
     dataset = data.load(saved["settings"]["data"], root or saved["settings"]["root"], (part,))
@@ -192,14 +192,14 @@ def score_run(run: Path, part: str, device: torch.device, root: str = "", unit: 
 def command(name: str, run, remedy: str) -> None:
     """Runs a command line. What its user has to correct is one line on stderr, exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(errors="backslashreplace")  # of letters that it does not have
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters it cannot encode
     try:
         run()
-    except (KeyboardInterrupt, BrokenPipeError):  # of `| head`
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or a closed pipe
         sys.exit(f"{name}: stopped; a training continues with --resume RUN")
     except (BadInput, OSError, ImportError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, MemoryError) or "alloc" in str(error)
-        if isinstance(error, RuntimeError) and not memory:  # a fault of ours
+        if isinstance(error, RuntimeError) and not memory:  # a bug in our code
             raise
         end = f"; {remedy}" if isinstance(error, OSError) else ""
         if memory and not isinstance(error, BadInput):
@@ -221,7 +221,7 @@ def save(path: Path, content: dict | bytes) -> None:
         raise BadInput(f"{path}: {error}; make room or write elsewhere, then --resume") from None
 
 def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) -> tuple:
-    """The best (or last) teacher of a run, its checkpoint; what is resumed takes its state."""
+    """The teacher of a run, and its checkpoint; the objects in `resumed` load their states."""
     path = Path(run) / name
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums

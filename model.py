@@ -65,7 +65,7 @@ class Upward(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
         for n, (narrow, level) in enumerate(zip(self.narrow, self.levels), 1):
             x = F.interpolate(narrow(x), scale_factor=2)
-            x = level(x + skips[-n] if skips else x)  # the deepest map comes first
+            x = level(x + skips[-n] if skips else x)  # from deep to shallow
         return x
 
 class Encoder(nn.Module):
@@ -162,22 +162,23 @@ def foundation_model(kind: str, weights: str = "") -> tuple[nn.Module | None, st
 class VQSeg(nn.Module):
     """Encoder, quantizer, both decoders and adapter: the student, and by `ema_update` the teacher.
 
-    codebook_size 0: D_s and D_i see continuous tokens. The supervised baseline is that without
-    D_i. fm_grid: (C',H',W') of the foundation model's features. H, W are multiples of 16.
+    codebook_size 0: the tokens stay continuous, as in the supervised baseline, which lacks D_i.
+    fm_grid: (C',H',W') of the foundation model's features. H, W are multiples of 16.
     """
 
     def __init__(self, classes: int = 4, codebook_size: int = 1024, width: int = 24, dim: int = 32,
                  encoder: str = "conv16", image_branch: bool = True, usage_weight: float = 0.1,
                  fm_grid: tuple[int, int, int] | None = None):
         super().__init__()
-        stride, skips = (16, True) if encoder == "dinov2" else NETWORKS[encoder]
         if encoder == "dinov2":  # the paper's, with 384 channels
             from extras.dinov2 import DINOv2Encoder, DPTDecoder
 
             dim = 384
+            stride = 16
             self.encoder = DINOv2Encoder()
             self.segmentation_decoder = DPTDecoder(dim, classes)
         else:
+            stride, skips = NETWORKS[encoder]
             channels = [width, 2 * width, 4 * width, 8 * width]
             self.encoder = Encoder(channels, dim, stride, skips)
             up_from = channels[: self.encoder.shallower + 1]

@@ -7,7 +7,7 @@ The paper does not say:
   - which view the student sees: Eq. 7 lists q(z_a) and q'(z_u). Ours is the strong one. QPM
     perturbs the tokens of x_a, the teacher labels x_u, and D_i makes x_u from q(z_a).
   - any warm-up: of the unlabeled loss (`--warmup`), the learning rate (100 steps), alpha (890).
-  - what an epoch is, or its "decay 3e-5": a pass over the unlabeled slices; SGD's weight decay.
+  - what an epoch and "decay 3e-5" are. Ours: a pass over the unlabeled slices, weight decay.
 """
 
 import argparse
@@ -51,15 +51,15 @@ class Settings:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     out: str = option("", "run folder; empty = runs/DATA-LABELED-METHOD-seedSEED")
     resume: str = option("", "run folder to continue, from its last checkpoint")
-    paper: bool = option(False, "the settings of Section 4.2 (PAPER below); other flags override")
+    paper: bool = option(False, "as in Section 4.2 (PAPER in train.py); other flags override")
     supervised: bool = option(False, "the baseline: L_seg of Eq. 8, network without quantizer")
     perturb: str = option("qpm", "qpm is Eq. 4, shuffle the abstract's", [*PERTURBATIONS])
     eps: float = option(0.7, "strength of the perturbation", high=1)
     temperature: float = option(1.0, "T, divides d in Eq. 4; inf = uniform replacement", low=1e-6)
-    codebook_size: int = option(1024, "K; 0 = tokens are not quantized: a control", high=2**20)
+    codebook_size: int = option(1024, "K; 0 = no quantizer (--perturb none or dropout)", high=2**20)
     lambda_u: float = option(1.0, "weight of the unlabeled loss, Eq. 10")
     lambda_a: float = option(0.1, "weight of the alignment, Eq. 12")
-    lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 = no image branch")
+    lambda_rec: float = option(1.0, "weight of L_rec in Eq. 8 and 9; 0 = D_i has no effect")
     lambda_usage: float = option(0.1, "weight of the usage term in the quantizer's loss")
     lambda_dice: float = option(1.0, "weight of the soft Dice loss in L_seg; the paper: 0")
     fm: str = option("auto", "foundation model of Eq. 11; auto = standin for phantom, else dinov2 "
@@ -171,7 +171,7 @@ def train(s: Settings) -> Path:
                 evaluate.save(run / "best.pt", state)
             best = max(best, dice)
             state |= {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-            if rank == 0:  # last.pt at the end: what a crash leaves out is done again
+            if rank == 0:  # last.pt comes last: after a crash --resume goes on from the older one
                 text = "".join(json.dumps(record) + "\n" for record in log)
                 evaluate.save(run / "log.jsonl", text.encode())
                 evaluate.save(run / "last.pt", state | {"best": best, "log": log})
@@ -192,8 +192,8 @@ def open_data(s: Settings, world: int, device: torch.device):
     few, many = dataset.training(s.labeled)
     labeled, unlabeled = dataset.rows(few), dataset.rows(many)
     s.labeled = len({case.patient for case in few})
-    epochs = math.ceil(100 * len(unlabeled) / (s.batch * world))
-    s.steps = s.steps or (epochs if s.paper else 600 if s.data == "phantom" else 10_000)
+    paper_steps = math.ceil(100 * len(unlabeled) / (s.batch * world))  # 100 epochs
+    s.steps = s.steps or (paper_steps if s.paper else {"phantom": 600}.get(s.data, 10_000))
     print(f"{s.data}: {s.labeled} labeled patients, {len(labeled)} slices; {len(unlabeled)} "
           f"unlabeled slices; {len(dataset.part('val'))} validation volumes")
     # A set that fits lives on the GPU, so that no step waits for the host.
@@ -208,7 +208,7 @@ def build(s: Settings, dataset: Dataset, device: torch.device):
     if s.supervised or not s.lambda_a:
         s.fm = "none"
     fm, fm_name = foundation_model(s.fm, s.fm_weights)
-    s.fm = s.fm if fm else "none"  # also for a run that is resumed where there are weights
+    s.fm = s.fm if fm else "none"  # a resumed run keeps "none", even if weights have appeared
     fm_grid = tuple(fm(torch.zeros(1, 1, data.CROP, data.CROP)).shape[1:]) if fm else None
     network = dict(classes=len(dataset.labels), width=s.width, encoder=s.encoder, fm_grid=fm_grid,
                    codebook_size=0 if s.supervised else s.codebook_size,

@@ -63,8 +63,8 @@ def usage_loss(z: Tensor, codebook: Tensor, temperature: float = 0.05) -> Tensor
     return -(p * log_p).sum(1).mean() - mean_entropy
 
 def usage(counts: Tensor) -> tuple[float, float]:
-    """Of a histogram of codewords (K,), not all 0: utilization, the share of codewords that occur,
-    and perplexity, exp(entropy) in [1,K]: as if so many codewords were equally in use."""
+    """Utilization (the share of codewords that occur) and perplexity (exp(entropy), the effective
+    number of codewords, in [1,K]) of a histogram (K,) that is not all 0."""
     p = counts.double() / counts.sum()
     entropy = -torch.special.xlogy(p, p).sum()
     return (counts > 0).double().mean().item(), entropy.exp().item()
@@ -73,9 +73,8 @@ class VectorQuantizer(nn.Module):
     """K codewords of D channels. The codebook is Linear(frozen table), each row of unit length.
     K = 0 is a control: the tokens stay as they are."""
 
-    def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, usage_weight: float = 0.1):
+    def __init__(self, codebook_size: int, dim: int, usage_weight: float = 0.1):
         super().__init__()
-        self.beta = beta
         self.usage_weight = usage_weight
         self.register_buffer("table", torch.randn(codebook_size, dim) * dim**-0.5)  # never trained
         self.linear = nn.Linear(dim, dim, bias=False)
@@ -112,7 +111,7 @@ class VectorQuantizer(nn.Module):
         """z and codes (B,D,h,w), codebook (K,D) -> ()."""
         with torch.autocast(z.device.type, enabled=False):
             tokens = z.float().flatten(2).transpose(1, 2)  # (B,hw,D)
-            loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2), self.beta)
+            loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2))
             if self.usage_weight:
                 step = max(1, tokens.shape[1] // 64)  # about 64 an image: the table is large
                 while math.gcd(step, z.shape[3]) > 1:  # this would leave columns out

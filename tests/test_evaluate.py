@@ -57,14 +57,15 @@ def test_hd95_and_asd_equal_brute_force(spacing):
         pred_to_gt = distances_by_loops(a, b, spacing)
         gt_to_pred = distances_by_loops(b, a, spacing)
         hd95 = np.percentile(np.concatenate([pred_to_gt, gt_to_pred]), 95)
-        assert evaluate.hd95(a, b, spacing) == pytest.approx(hd95, abs=1e-9)
-        assert evaluate.asd(a, b, spacing) == pytest.approx(pred_to_gt.mean(), abs=1e-9)
+        row, = evaluate.score("case", a.astype(int), b.astype(int), ["background", "1"], spacing)
+        assert row.hd95 == pytest.approx(hd95, abs=1e-9)
+        assert row.asd == pytest.approx(pred_to_gt.mean(), abs=1e-9)
 
 
 def test_a_class_in_neither_mask_is_not_scored():
     empty = np.zeros((2, 3, 4), bool)
-    metrics = (evaluate.dice, evaluate.jaccard, evaluate.hd95, evaluate.asd)
-    assert all(math.isnan(metric(empty, empty)) for metric in metrics)
+    row, = evaluate.score("case", empty.astype(int), empty.astype(int), ["background", "one"])
+    assert all(map(math.isnan, row[2:6])) and not row.empty
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -72,8 +73,9 @@ def test_a_class_in_one_mask_only_has_the_longest_distance(swap):
     full, empty = np.ones((2, 3, 4), bool), np.zeros((2, 3, 4), bool)
     a, b = (empty, full) if swap else (full, empty)
     diagonal = math.sqrt(1 + 4 + 9)
-    assert (evaluate.dice(a, b), evaluate.jaccard(a, b)) == (0, 0)
-    assert evaluate.hd95(a, b) == evaluate.asd(a, b) == pytest.approx(diagonal)
+    row, = evaluate.score("case", a.astype(int), b.astype(int), ["background", "one"])
+    assert (row.dice, row.jaccard) == (0, 0)
+    assert row.hd95 == row.asd == pytest.approx(diagonal)
 
 
 def test_score_has_a_row_for_each_foreground_class():
@@ -83,12 +85,6 @@ def test_score_has_a_row_for_each_foreground_class():
     prediction = np.where(truth == 1, 1, 0)
     rows = evaluate.score("case", prediction, truth, ["background", "one", "two"])
     assert [(r.label, r.dice, r.empty) for r in rows] == [("one", 1.0, False), ("two", 0.0, True)]
-
-
-def test_score_has_the_distances_of_hd95_and_asd():
-    a, b = masks(0)
-    row, = evaluate.score("case", a.astype(int), b.astype(int), ["background", "one"], (9, 1, 2))
-    assert row.hd95 == evaluate.hd95(a, b, (9, 1, 2)) and row.asd == evaluate.asd(a, b, (9, 1, 2))
 
 
 def test_score_without_distances_leaves_them_out():

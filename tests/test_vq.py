@@ -92,7 +92,7 @@ def test_usage_by_hand():
 @pytest.fixture
 def quantizer():
     torch.manual_seed(0)
-    return vq.VectorQuantizer(64, 4, beta=0.5, usage_weight=0.3)
+    return vq.VectorQuantizer(64, 4, usage_weight=0.3)
 
 
 def test_a_step_moves_all_codewords_and_never_the_frozen_table(quantizer):
@@ -129,7 +129,7 @@ def test_the_loss_is_the_codebook_loss_and_the_usage_of_a_sample(quantizer):
     tokens = z.flatten(2).transpose(1, 2)  # (2,256,4)
     codes = quantizer.codebook[q.indices.flatten(1)]
     usage = vq.usage_loss(tokens[:, ::5].reshape(-1, 4), quantizer.codebook)
-    expected = vq.codebook_loss(tokens, codes, 0.5) + 0.3 * usage
+    expected = vq.codebook_loss(tokens, codes, 0.25) + 0.3 * usage
     assert q.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
