@@ -47,26 +47,22 @@ def intact(d: Dataset) -> Dataset:
 
 def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
     """Raises now what would be raised at the end. saved: what a checkpoint will hold."""
+    s = saved["settings"]
     try:
-        check_start(run, teacher, dataset, saved, device)
+        began = json.loads((run / "config.json").read_bytes())
+        for part in ("train", "val"):
+            same_volumes(began, dataset, part)
+        if s["resume"] and (run / "last.pt").exists():
+            same_settings(run, began["settings"])
+        warn(dataset, s["labeled"], s["root"])
+        with tempfile.TemporaryDirectory(dir=run, prefix=".rehearsal-") as folder:
+            rehearse(Path(folder), teacher, dataset, saved | {"step": 0}, device)
     except Exception:
-        if not saved["settings"]["resume"]:  # the same command can follow when the fault is mended
+        if not s["resume"]:  # the same command can follow when the fault is mended
             with suppress(OSError):  # a folder that is not empty was there before, and stays
                 (run / "config.json").unlink()
                 run.rmdir()
         raise
-
-
-def check_start(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
-    """Raises where the data is not that of the record, or what ends a run cannot be written."""
-    began = json.loads((run / "config.json").read_bytes())
-    for part in ("train", "val"):
-        same_volumes(began, dataset, part)
-    if saved["settings"]["resume"] and (run / "last.pt").exists():
-        same_settings(run, began["settings"])
-    warn(dataset, saved["settings"]["labeled"], saved["settings"]["root"])
-    with tempfile.TemporaryDirectory(dir=run, prefix=".rehearsal-") as folder:
-        rehearse(Path(folder), teacher, dataset, saved | {"step": 0}, device)
 
 
 def same_settings(run: Path, settings: dict) -> None:

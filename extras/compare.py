@@ -142,13 +142,11 @@ def t_test(a: list[float], b: list[float]) -> float:
 
 def holm(p_values: list[float]) -> list[float]:
     """Each p corrected for that so many tests were made, by Holm. nan is no test, and stays nan."""
-    tests = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    corrected = [math.nan] * len(p_values)
-    highest = 0.0
-    for rank, (p, i) in enumerate(tests):
-        highest = max(highest, min(1.0, p * (len(tests) - rank)))
-        corrected[i] = highest
-    return corrected
+    p = np.array(p_values)
+    order = p.argsort()  # nan comes last
+    factors = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))
+    p[order] = np.maximum.accumulate(p[order] * factors).clip(max=1)
+    return p.tolist()
 
 
 def paired(records: list[Record], more: list[str], less: list[str]) -> tuple:

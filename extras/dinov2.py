@@ -91,8 +91,6 @@ class DINOv2(nn.Module):
         """
         B, _, H, W = x.shape
         h, w = H // 14, W // 14
-        if H % 14 or W % 14:
-            raise ValueError(f"{H} x {W} pixels: patches of 14 need {14 * h} x {14 * w}")
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)  # (B,hw,C)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1) + self.positions(h, w)  # (B,1+hw,C)
         tapped = []
@@ -102,13 +100,9 @@ class DINOv2(nn.Module):
                 tapped.append(self.norm(x)[:, 1:].transpose(1, 2).reshape(B, -1, h, w))
         return tapped
 
-    def features(self, x: Tensor) -> Tensor:
-        """The patch tokens of the last block: (B,3,H,W) normalized -> (B,C,H/14,W/14)."""
-        return self.taps(x, (len(self.blocks) - 1,))[0]
-
     def forward(self, x: Tensor) -> Tensor:
         """f_fm of Eq. 11: gray slices in [0,1], (B,1,H,W) -> (B,C',H',W')."""
-        return self.features(imagenet_colors(to_patches(x)))
+        return self.taps(imagenet_colors(to_patches(x)), (len(self.blocks) - 1,))[0]
 
 def to_patches(x: Tensor) -> Tensor:
     """(B,1,H,W) resized to the nearest multiples of 14."""

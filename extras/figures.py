@@ -159,16 +159,6 @@ def draw_model(path: Path, model: VQSeg, dataset: Dataset, temperature: float) -
     write(figure, path, 90)
 
 
-def figure_3_codebook() -> Tensor:
-    """Four codewords in the plane with the paper's Figure 3: at eps = 0.7, pi(2|1) = 0.49.
-
-    The nearest codeword has 70 % of the off-diagonal mass if exp(-d_12) = 0.7 Z_1. With the other
-    two equally far away, d_13 = d_14 = d_12 + log(0.70 / 0.15). Here d_12 = 0.5.
-    """
-    far = 0.5 + math.log(0.70 / 0.15)
-    return torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, far], [0.0, -far]], dtype=torch.float64)
-
-
 def effective_neighbors(indices: Tensor, codebook: Tensor, temperature: float = 1.0) -> Tensor:
     """exp(H(pi(.|i), j != i)) in [1, K-1]: among how many codewords Eq. 4 chooses. (N,) -> (N,)."""
     p = qpm.transition_rows(indices, codebook, 1.0, temperature)
@@ -179,7 +169,10 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
     """Figure 3; the divergence of dropout and of QPM; how many codewords Eq. 4 chooses among."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    book = figure_3_codebook()
+    # The nearest of four codewords has 70 % of the off-diagonal mass, pi(2|1) = 0.49 at eps = 0.7,
+    # where the other two are log(0.70 / 0.15) farther away.
+    far = 0.5 + math.log(0.70 / 0.15)
+    book = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, far], [0.0, -far]], dtype=torch.float64)
     pi = qpm.transition_rows(torch.arange(4), book, 0.7)
     left.scatter(book[:, 0], book[:, 1], s=80, color="black")
     for j, (x, y) in enumerate(book.tolist()):

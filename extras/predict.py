@@ -248,8 +248,6 @@ def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
 def predict_all(args: argparse.Namespace) -> None:
     """Segments a scan or a folder of scans; goes on after one that cannot be."""
     several = args.scan.is_dir()
-    if several and args.probabilities:
-        raise BadInput("--probabilities: needs a single scan; give a file as --scan")
     pairs = pair_files(args.scan, args.out)
     writable(args.out if several else args.out.parent, "allow it, or change --out")
     device = evaluate.join_processes(args.device)[2]

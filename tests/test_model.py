@@ -147,10 +147,6 @@ def test_the_encoder_s_way_up_uses_the_maps_between_1_16_and_the_tokens():
     assert [skip.shape for skip in seen[0][1]] == [(4, 8, 16, 16), (4, 16, 8, 8)]
 
 
-def test_an_output_of_another_size_is_resized_to_the_image():
-    assert model.resized(torch.rand(1, 3, 56, 56), images(1)).shape == (1, 3, 64, 64)
-
-
 def test_stand_in_is_frozen_and_the_same_for_every_seed():
     torch.manual_seed(1)
     first = model.StandInFM()

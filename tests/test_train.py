@@ -336,12 +336,6 @@ def test_a_run_folder_holds_the_record_the_checkpoints_and_the_scores(finished):
     assert names >= {"config.json", "log.jsonl", "last.pt", "best.pt", "val.csv"}
 
 
-def test_a_run_ends_with_pictures(finished):
-    pytest.importorskip("extras.figures")
-    names = {file.name for file in finished[0].iterdir()}
-    assert names >= {"predictions.png", "curves.png"}
-
-
 def test_the_log_says_at_which_step_the_unlabeled_join(unscored, tmp_path, capsys):
     log = run(tmp_path, "--warmup", "0.3")["log"]  # 0.3 of 12 steps is 3.6
     first = next(record["step"] for record in log if "seg_u" in record)

@@ -44,20 +44,12 @@ def test_a_run_that_can_end_leaves_nothing_behind(begin, hearts, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("patient", ["patient015", "patient018"])
-def test_a_bad_validation_mask_is_refused_before_the_training(begin, hearts, patient):
-    shape = next(c.shape for c in hearts.cases if c.patient == patient)
-    bad = changed(hearts, patient, mask=np.full(shape, 9), shape=shape)
-    with pytest.raises(BadInput, match="label value 9 is not one of 0 to 3"):
-        begin(bad)
-
-
 @pytest.mark.parametrize("resume, left", [("", []), ("run", ["config.json"])])
-def test_nothing_remains_of_a_run_that_was_refused_at_its_start(begin, hearts, tmp_path, resume,
-                                                                left):
-    bad = changed(hearts, "patient015", mask=np.full((1, 2, 3), 9), shape=(1, 2, 3))
-    with pytest.raises(BadInput):
-        begin(bad, resume)
+def test_a_bad_mask_is_refused_before_the_training_and_nothing_remains(begin, hearts, tmp_path,
+                                                                       resume, left):
+    shape = next(c.shape for c in hearts.cases if c.patient == "patient018")  # the last
+    with pytest.raises(BadInput, match="label value 9 is not one of 0 to 3"):
+        begin(changed(hearts, "patient018", mask=np.full(shape, 9), shape=shape), resume)
     remains = [file.name for file in tmp_path.iterdir()] if tmp_path.exists() else []
     assert remains == left
 
@@ -95,11 +87,6 @@ def prepared(tmp_path):
             "labeled": 1, "eval_crop": 240, "window": None, "unit": "mm", "cases": cases}
 
 
-def test_a_prepared_set_as_it_was_written_is_opened(prepared, tmp_path):
-    (tmp_path / "dataset.json").write_text(json.dumps(prepared))
-    assert len(data.load(str(tmp_path)).cases) == 2
-
-
 @pytest.mark.parametrize("key, value", [
     ("labels", None), ("labels", "ab"), ("labels", ["a", "a"]),
     ("split", None), ("split", {"train": ["a"], "val": ["b"]}), ("labeled", 0), ("labeled", "1"),
@@ -110,13 +97,6 @@ def test_a_prepared_set_as_it_was_written_is_opened(prepared, tmp_path):
 def test_a_record_of_a_set_that_was_changed_is_one_line(prepared, tmp_path, key, value):
     (tmp_path / "dataset.json").write_text(json.dumps(prepared | {key: value}))
     with pytest.raises(BadInput, match="unreadable .*; allow it, or prepare it again"):
-        data.load(str(tmp_path))
-
-
-def test_a_record_of_a_set_without_its_unit_is_one_line(prepared, tmp_path):
-    del prepared["unit"]
-    (tmp_path / "dataset.json").write_text(json.dumps(prepared))
-    with pytest.raises(BadInput, match="unreadable .*unit"):
         data.load(str(tmp_path))
 
 

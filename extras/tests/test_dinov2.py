@@ -107,16 +107,11 @@ def reference(state: dict, x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_features_equal_pytorchs_own_transformer_in_float64(vit, state, size):
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
-    assert (vit.features(x) - reference(state, x)).abs().max() < 1e-4
+    assert (vit.taps(x, (11,))[0] - reference(state, x)).abs().max() < 1e-4
 
 
 def test_a_grid_of_37_x_37_patches_has_the_positions_as_they_are(vit):
     assert torch.equal(vit.positions(37, 37), vit.pos_embed)
-
-
-def test_a_size_that_patches_do_not_fill_is_refused(vit):
-    with pytest.raises(ValueError, match="patches of 14 need 126 x 126"):
-        vit.features(torch.zeros(1, 3, 128, 128))
 
 
 def test_gray_slices_are_resized_to_the_nearest_multiples_of_14(vit):
@@ -198,12 +193,6 @@ def small_official(monkeypatch):
     monkeypatch.setattr(dinov2, "OFFICIAL_SHA256", hashlib.sha256(b"hello").hexdigest())
 
 
-def test_offline_a_download_says_what_it_tries_and_gives_none(cached, capsys):
-    assert dinov2.official_weights() is None
-    printed = capsys.readouterr().out
-    assert printed == f"downloading {dinov2.OFFICIAL} (88 MB) to {cached.parent}\n"
-
-
 def test_a_full_disk_is_not_taken_for_being_offline(cached, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
@@ -214,8 +203,10 @@ def test_a_full_disk_is_not_taken_for_being_offline(cached, monkeypatch):
         dinov2.official_weights()
 
 
-def test_offline_guidance_is_left_out_by_default(cached):
+def test_offline_a_download_says_what_it_tries_and_guidance_is_left_out(cached, capsys):
     assert dinov2.foundation_model("auto", "") == (None, "none (no DINOv2 weights: offline)")
+    printed = capsys.readouterr().out
+    assert printed == f"downloading {dinov2.OFFICIAL} (88 MB) to {cached.parent}\n"
 
 
 @pytest.mark.parametrize("flag, ask", [
