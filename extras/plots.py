@@ -69,7 +69,7 @@ def draw_gain(groups: list, path: Path) -> None:
             axis.annotate(network[0], (x, y), (6, 6), textcoords="offset points", fontsize=8)
         if networks:
             axis.plot([], [], "o", color=color, label=perturb)
-    axis.margins(x=0.2)  # room for the names
+    axis.margins(x=0.3)  # room for the names
     axis.set_xlabel("token dependence: Dice lost when every token is replaced")
     axis.set_ylabel("Dice over no perturbation, paired")
     axis.legend(fontsize=8)
