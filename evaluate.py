@@ -83,7 +83,7 @@ def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a - b[found], dim=1)
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 1)) -> tuple:
-    """pred_to_gt and gt_to_pred of two (Z,H,W) masks; in voxels, or mm with a (z,y,x) spacing."""
+    """Surface distances pred_to_gt, gt_to_pred of two (Z,H,W) masks; spacing (z,y,x) of a voxel."""
     if not prediction.any() or not truth.any():
         diagonal = np.linalg.norm((np.array(truth.shape) - 1) * spacing)
         value = np.array([diagonal if prediction.any() or truth.any() else math.nan])
@@ -93,11 +93,11 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 
     return nearest_distances(a, b).numpy(), nearest_distances(b, a).numpy()
 
 def hd95(pred_to_gt: np.ndarray, gt_to_pred: np.ndarray) -> float:
-    """95th percentile of both sets of surface distances, pooled; nan where they are."""
+    """95th percentile of both sets of surface distances, pooled; nan if one is nan."""
     return float(np.percentile(np.concatenate([pred_to_gt, gt_to_pred]), 95))
 
 def asd(pred_to_gt: np.ndarray) -> float:
-    """Mean distance from the predicted to the true surface; nan where it is."""
+    """Mean distance from the predicted to the true surface; nan if one is nan."""
     return float(np.mean(pred_to_gt))
 
 def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str],

@@ -174,7 +174,7 @@ class VQSeg(nn.Module):
             from extras.dinov2 import DINOv2Encoder, DPTDecoder
 
             dim = 384
-            stride = 16
+            stride = 16  # of D_i, whose image is then 16/14 of x; `resized` undoes it
             self.encoder = DINOv2Encoder()
             self.segmentation_decoder = DPTDecoder(dim, classes)
         else:

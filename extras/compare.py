@@ -141,7 +141,7 @@ def t_test(a: list[float], b: list[float]) -> float:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Each p corrected for that so many tests were made, by Holm. nan is no test, and stays nan."""
+    """Holm's correction of each p for the number of tests. nan is no test, and stays nan."""
     p = np.array(p_values)
     order = p.argsort()  # nan comes last
     factors = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))
@@ -234,10 +234,13 @@ def run_command(args: argparse.Namespace) -> None:
     if args.records and args.records.exists():
         raise BadInput(f"--records {args.records}: already exists; not overwriting; rename it")
     records = read_all(args.runs)
+    tests = []
     for names in args.pairs:
         more, _, less = names.partition(",")
-        mean, std, p, n = paired(records, more.split(), less.split())
-        print(f"{more} - {less}: {mean:+.4f} +- {std:.4f} (n {n}, p {p:.2g})")
+        tests.append(paired(records, more.split(), less.split()))
+    for names, (mean, std, p, n), corrected in zip(args.pairs, tests, holm([t[2] for t in tests])):
+        by_holm = f", {corrected:.2g} by Holm" if len(tests) > 1 else ""
+        print(f"{names.replace(',', ' - ')}: {mean:+.4f} +- {std:.4f} (n {n}, p {p:.2g}{by_holm})")
     if not args.pairs:
         head, *rows = table(records)
         for line in [head, ["---"] * len(head), *rows]:

@@ -9,6 +9,7 @@ equal the step on the CPU, both make the choices of the CPU.
 import json
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -92,8 +93,8 @@ def first_step(s, device):
 
 @pytest.mark.parametrize("kind", ["default", "supervised", "dropout", "shuffle", "paper"])
 def test_step_equals_the_cpu(kind, monkeypatch, request):
-    """Loss terms to 1e-4; gradients to 1e-3 of the length of their tensor: where one number of the
-    forward pass is nearly 0, rounding decides what the ReLU of DPT's decoder lets through."""
+    """Loss terms to 1e-4; gradients to 1e-3 of the largest number of their tensor. DPT's decoder
+    has ReLUs: there rounding decides what one near 0 lets through, so lengths are compared."""
     flags = {"default": [], "supervised": ["--supervised"]}.get(kind, ["--perturb", kind])
     if kind == "paper":
         flags = ["--paper", "--fm-weights", request.getfixturevalue("dinov2_weights")]
@@ -106,11 +107,11 @@ def test_step_equals_the_cpu(kind, monkeypatch, request):
     assert terms == pytest.approx(expected_terms, rel=1e-4)
     assert gradients.keys() == expected.keys()
     # BatchNorm cancels most of the gradient of some biases: they are measured by the others.
-    least = 0.01 * max(gradient.norm() for gradient in expected.values())
+    size = partial(torch.linalg.vector_norm, ord=2 if kind == "paper" else math.inf)
+    least = 0.01 * max(size(gradient) for gradient in expected.values())
     errors = {}
     for name, gradient in expected.items():
-        difference = (gradients[name] - gradient).norm()
-        errors[name] = float(difference / gradient.norm().maximum(least))
+        errors[name] = float(size(gradients[name] - gradient) / size(gradient).maximum(least))
     worst = max(errors, key=errors.get)
     print(f"largest relative error of a gradient: {errors[worst]:.1e}, {worst}")
     assert errors[worst] < 1e-3
