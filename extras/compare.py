@@ -7,7 +7,7 @@
 
 Runs that differ in nothing but the seed are a row of the table. A pair is two runs of the same
 seed; the test, two-tailed, is on their validation Dice. The paper does not say what a pair is, and
-does not correct for making many tests; beside p stands Holm's correction over the table's rows.
+does not correct for making many tests; beside p stands Holm's correction over the rows or pairs.
 
 Of a run only config.json, log.jsonl and val.csv are read. `--records` writes what the table needs
 into one CSV, which is taken in place of the runs.

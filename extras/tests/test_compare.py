@@ -173,9 +173,9 @@ def test_records_give_the_table_and_the_pairs_again_without_the_runs(runs, tmp_p
     assert call(first, second)[1] == table  # a line that both hold counts once
     with open(first, newline="", encoding="utf-8") as file:
         assert next(csv.reader(file)) == list(compare.Record._fields)
-    pairs = call(first, "--pairs", "b,a", "--pairs", "c,a")[1].splitlines()
-    assert pairs[0] == "b - a: +0.1250 +- 0.0354 (n 2, p 0.13, 0.13 by Holm)"
-    assert pairs[1] == "c - a: -0.5000 +- nan (n 1, p nan, nan by Holm)" and len(pairs) == 2
+    pairs = call(first, *("--pairs", "b,a") * 2, "--pairs", "c,a")[1].splitlines()
+    assert pairs[:2] == 2 * ["b - a: +0.1250 +- 0.0354 (n 2, p 0.13, 0.25 by Holm)"]
+    assert pairs[2:] == ["c - a: -0.5000 +- nan (n 1, p nan, nan by Holm)"]
 
 
 def test_records_are_not_overwritten(runs, tmp_path, call):
