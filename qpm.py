@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Generator = torch.Generator | None
-PROPOSALS = 4  # per token and round of `perturb`
-ROUNDS = 8  # 32 proposals in all; unit codewords at T = 1 accept a quarter of them
+PROPOSALS = 16  # per token in `perturb`; unit codewords at T = 1 accept a quarter of them
 
 def dropout_kl(p: Tensor) -> Tensor:
     """Eq. 1: KL(P||Q) ~= 1/2 ( p/(1-p) + log(1-p) ) of P = N(0,s^2), Q = N(0,(1-p)s^2); p < 1.
@@ -77,22 +76,20 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
     K = len(codebook)
     check(eps, temperature, K)
     uniform = {"generator": generator, "device": indices.device}
-    out = indices.flatten().clone()  # (N,)
-    pending = (torch.rand(out.shape, **uniform) < eps).nonzero()[:, 0]  # tokens to replace
-    for _ in range(ROUNDS):
-        i = out[pending, None]  # (n,1)
-        j = torch.randint(K - 1, (len(pending), PROPOSALS), **uniform)
-        j += j >= i  # skips i itself: uniform over the K - 1 others
-        d = torch.linalg.vector_norm(codebook[i] - codebook[j], dim=2)  # (n,PROPOSALS)
-        accepted = torch.rand(j.shape, **uniform) < (-d / temperature).exp()
-        first = accepted.byte().argmax(1, keepdim=True)  # (n,1)
-        out[pending] = torch.where(accepted.any(1), j.gather(1, first)[:, 0], i[:, 0])
-        pending = pending[~accepted.any(1)]
-    # A small T refuses nearly all proposals; what is left draws from its own row of Eq. 4.
-    for chunk in pending.split(max(1, 2**22 // K)) if len(pending) else ():
-        rows = transition_rows(out[chunk], codebook, 1.0, temperature)
-        out[chunk] = torch.multinomial(rows, 1, generator=generator)[:, 0]
-    return out.reshape(indices.shape)
+    i = indices.reshape(-1, 1)  # (N,1)
+    replaced = torch.rand(len(i), **uniform) < eps  # (N,)
+    j = torch.randint(K - 1, (len(i), PROPOSALS), **uniform)
+    j += j >= i  # skips i itself: uniform over the K - 1 others
+    d = torch.linalg.vector_norm(codebook[i] - codebook[j], dim=2)  # (N,PROPOSALS)
+    accepted = torch.rand(j.shape, **uniform) < (-d / temperature).exp()
+    first = accepted.byte().argmax(1, keepdim=True)  # (N,1)
+    drawn = j.gather(1, first)[:, 0]
+    # Where all proposals are refused, often if T is small, a token draws from its row of Eq. 4.
+    refused = (replaced & ~accepted.any(1)).nonzero()[:, 0]  # here alone the host waits for a GPU
+    for chunk in refused.split(max(1, 2**22 // K)) if len(refused) else ():
+        rows = transition_rows(i[chunk, 0], codebook, 1.0, temperature)
+        drawn[chunk] = torch.multinomial(rows, 1, generator=generator)[:, 0]
+    return torch.where(replaced, drawn, i[:, 0]).reshape(indices.shape)
 
 def shuffle(indices: Tensor, eps: float, generator: Generator = None) -> Tensor:
     """The abstract: round(eps * h*w) positions of each image exchange their indices. (B,h,w)."""

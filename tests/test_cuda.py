@@ -181,7 +181,7 @@ def test_host_waits_only_for_qpm(kind, monkeypatch, tmp_path):
     waits = sum("called a synchronizing CUDA" in str(w.message) for w in caught) / 90
     print(f"{kind}: the host waits {waits:.1f} times a step")
     if kind == "qpm":
-        assert 0 < waits <= qpm.ROUNDS + 4  # were it 0, the other kinds would prove nothing
+        assert 0 < waits < 4  # were it 0, the other kinds would prove nothing
 
 @pytest.mark.parametrize("first, second", [(DEV, "cpu"), ("cpu", DEV)])
 def test_resume_on_the_other_device(first, second, tmp_path, monkeypatch):
