@@ -67,10 +67,14 @@ def share_choices(monkeypatch):
     def drawn_on_cpu(draw):
         return lambda *args, device, **how: draw(*args, **how).to(device)
 
+    def rows_drawn_on_cpu(draw):
+        return lambda rows, *args, **how: draw(rows.cpu(), *args, **how).to(rows.device)
+
     monkeypatch.setattr(vq, "nearest", shared(vq.nearest))
     monkeypatch.setattr(losses, "pseudo_label", shared(losses.pseudo_label))
     monkeypatch.setattr(torch, "rand", drawn_on_cpu(torch.rand))
     monkeypatch.setattr(torch, "randint", drawn_on_cpu(torch.randint))
+    monkeypatch.setattr(torch, "multinomial", rows_drawn_on_cpu(torch.multinomial))
     return lambda: replaying.append(True)
 
 def first_step(s, device):
