@@ -84,17 +84,8 @@ class VectorQuantizer(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """The codewords c_1 .. c_K: (K,D) float32."""
-        return self.codewords(self.table)
-
-    def codewords(self, rows: Tensor) -> Tensor:
-        """(...,D) rows of the table -> (...,D) codewords."""
-        with torch.autocast(rows.device.type, enabled=False):
-            return F.normalize(self.linear(rows), dim=-1)
-
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """(B,h,w) -> (B,D,h,w): the inverse of quantization."""
-        # Subtle: codebook[indices] has the same values, but its gradient is a full (K,D) table.
-        return self.codewords(F.embedding(indices, self.table)).permute(0, 3, 1, 2)
+        with torch.autocast(self.table.device.type, enabled=False):
+            return F.normalize(self.linear(self.table), dim=1)
 
     def forward(self, z: Tensor) -> Quantized:
         """(B,D,h,w) tokens -> q(z), indices, loss and codebook; without gradient the loss is 0."""
@@ -103,7 +94,7 @@ class VectorQuantizer(nn.Module):
             return Quantized(z, none, z.new_zeros(()), self.table)
         codebook = self.codebook
         indices = nearest(z.permute(0, 2, 3, 1), codebook)  # (B,h,w)
-        codes = self.indices_to_codes(indices)  # (B,D,h,w)
+        codes = F.embedding(indices, codebook).permute(0, 3, 1, 2)  # (B,D,h,w)
         loss = self.loss(z, codes, codebook) if torch.is_grad_enabled() else z.new_zeros(())
         return Quantized(straight_through(z, codes), indices, loss, codebook)
 

@@ -108,7 +108,6 @@ def test_codes_are_the_codewords_of_the_nearest_indices(quantizer):
     q = quantizer(z)
     assert torch.equal(q.indices, vq.nearest(z.permute(0, 2, 3, 1), quantizer.codebook))
     assert torch.allclose(q.codes, quantizer.codebook[q.indices].permute(0, 3, 1, 2), atol=1e-6)
-    assert torch.allclose(q.codes, quantizer.indices_to_codes(q.indices), atol=1e-6)
 
 
 def test_the_gradient_of_codes_passes_to_the_tokens(quantizer):
