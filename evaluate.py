@@ -59,19 +59,13 @@ def jaccard(prediction: np.ndarray, truth: np.ndarray) -> float:
     union = int((prediction | truth).sum())
     return int((prediction & truth).sum()) / union if union else math.nan
 
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds all of a (Z,H,W) mask, which must not be empty."""
-    lines = [np.flatnonzero(mask.any(axis)) for axis in ((1, 2), (0, 2), (0, 1))]
-    return tuple(slice(line[0], line[-1] + 1) for line in lines)
-
 def surface(mask: np.ndarray) -> np.ndarray:
-    """Voxels with a face neighbor outside the mask: (Z,H,W) bool, not empty -> (N,3)."""
-    box = bounding_box(mask)
-    padded = np.pad(mask[box], 1)
+    """Voxels with a face neighbor outside the mask: (Z,H,W) bool -> (N,3)."""
+    padded = np.pad(mask, 1)
     inside = padded.copy()
     for axis in range(3):
         inside &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
-    return np.argwhere(padded & ~inside) - 1 + [side.start for side in box]
+    return np.argwhere(padded & ~inside) - 1
 
 def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
     """From each point of a to the nearest of b: (N,3), (M,3) -> (N,). As in Eq. 2, the nearest b
@@ -148,7 +142,7 @@ def class_means(rows: list[Row]) -> dict[str, np.ndarray]:
     return means | {"mean": nanmean(list(means.values()))}
 
 def nanmean(values: list) -> np.ndarray:
-    """(n,m) -> (m,), of what is not nan; nan where nothing is left."""
+    """Means of columns without their nan: (n,m) -> (m,); nan where all is nan."""
     return np.ma.masked_invalid(values).mean(0).filled(math.nan)
 
 def table(rows: list[Row]) -> str:
@@ -277,7 +271,7 @@ def summary(step: int, window: list[dict[str, Tensor]], codebook_size: int) -> d
     return record
 
 def one_line(r: dict, steps: int) -> str:
-    """The terms of Eq. 12 and the use of the codebook, for a person, in at most 85 characters."""
+    """The terms of Eq. 12 and the use of the codebook, for a person to read."""
     text = f"{r['step']}/{steps}"
     for name in ("seg_l", "rec_l", "seg_u", "rec_u", "align"):
         text += f" {name} {r[name]:.2f}" if name in r else ""

@@ -100,7 +100,8 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     """The largest of the face-connected components of a (Z,H,W) boolean mask."""
     if not mask.any():
         return mask
-    box = evaluate.bounding_box(mask)
+    lines = [np.flatnonzero(mask.any(axis)) for axis in ((1, 2), (0, 2), (0, 1))]
+    box = tuple(slice(line[0], line[-1] + 1) for line in lines)  # holds all of the mask
     inside = mask[box]
     label = np.arange(1, inside.size + 1).reshape(inside.shape) * inside
     before = None
