@@ -69,7 +69,7 @@ def same_settings(run: Path, settings: dict) -> None:
     """Raises where the record of a run was changed after it began."""
     last = torch.load(run / "last.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, value in last["settings"].items():
-        if settings[name] != value and name not in ("resume", "root", "device"):
+        if settings[name] != value and name not in ("resume", "root", "device", "fm_weights"):
             differ = f"{name} is {settings[name]}, but {value} in last.pt"
             raise BadInput(f"{run}/config.json: {differ}; correct it, or begin another run")
 
