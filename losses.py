@@ -7,7 +7,7 @@ The paper does not say:
   - tau of Eq. 11: ours is 0.07, the usual one for InfoNCE.
   - whether all pseudo-labels count. By default they do; `threshold` leaves out unsure pixels.
 Beyond the paper: `dice_weight` adds to the cross-entropy the soft Dice loss of other papers on
-ACDC, `rec_weight` weighs L_rec. `train.py --paper` leaves both as in the paper.
+ACDC, `rec_weight` scales L_rec. `train.py --paper` leaves both as in the paper.
 """
 
 from typing import NamedTuple

@@ -5,7 +5,7 @@ Adapter, PFA, Figure 4).
 
     x -> Encoder -> z -> VectorQuantizer -> q(z) -> ImageDecoder D_i        -> x_hat
             |                                |----> FeatureAdapter          -> f_pfa
-            |                                '----> SegmentationDecoder D_s -> y_hat, of q'(z)
+            |                                '----> SegmentationDecoder D_s -> y_hat, of q, q'
             '------ shallower maps ---------------------'
 
 The paper does not say:

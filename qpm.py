@@ -6,7 +6,7 @@ and Appendix B. K codewords c_1 .. c_K of D channels, eps in [0,1], d Euclidean,
 The paper does not say:
   - the scale of d in Eq. 4. In many dimensions codewords are almost equally far apart; then exp(-d)
     is nearly constant and Eq. 4 is uniform replacement. We divide d by a temperature T: 1 is the
-    paper's, T -> 0 takes the nearest codeword. So eps says how often a token changes, T how far.
+    paper's, T -> 0 takes the nearest other. So eps says how often a token changes, T how far.
   - which of two perturbations it means. The abstract shuffles the spatial locations of the indices
     (`shuffle`); Section 3.3 and Figure 3 resample each index from pi(.|i). Ours is the second.
   - what gradient a replaced token passes on. Ours: the identity, to the token that it replaces.
