@@ -115,14 +115,14 @@ def load_prepared(folder: Path) -> Dataset:
     """A set of `extras.prepare`: memory-mapped, but 8-bit images are read into memory."""
     checks = extra("checks")  # not in the try: a missing package is not a damaged file
     try:
-        about = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        cases = [Case(**case) for case in about.pop("cases")]
+        meta = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        cases = [Case(**case) for case in meta.pop("cases")]
         cases = [c._replace(mask=folder / c.mask if c.mask else None) for c in cases]
         # Mode "c": a change would stay in memory. PyTorch warns about arrays that are read-only.
         images = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))
         masks = torch.from_numpy(np.load(folder / "masks.npy", mmap_mode="c"))
         images = images / 255 if images.dtype == torch.uint8 else images  # --bits 8
-        dataset = Dataset(**about, cases=cases, images=images, masks=masks)
+        dataset = Dataset(**meta, cases=cases, images=images, masks=masks)
         return checks.intact(dataset) if checks else dataset
     except Exception as error:  # a damaged file can fail in any way
         raise BadInput(f"{folder}: unreadable ({error}); allow it, or prepare it again") from None

@@ -73,8 +73,8 @@ def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
     half_squares = b.square().sum(1) / 2
     chunks = a.split(max(1, 2**17 // len(b)))  # the table of one stays in the cache
     brackets = (torch.addmm(half_squares, chunk, b.T, beta=-1) for chunk in chunks)
-    found = torch.cat([bracket.max(1).indices for bracket in brackets])  # (N,)
-    return torch.linalg.vector_norm(a - b[found], dim=1)
+    index = torch.cat([bracket.max(1).indices for bracket in brackets])  # (N,)
+    return torch.linalg.vector_norm(a - b[index], dim=1)
 
 def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing=(1, 1, 1)) -> tuple:
     """Surface distances pred_to_gt, gt_to_pred of two (Z,H,W) masks; spacing (z,y,x) of a voxel."""
@@ -100,8 +100,8 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
     rows = []
     for k, label in enumerate(labels[1:], start=1):
         p, t = prediction == k, truth == k
-        found = surface_distances(p, t, spacing) if distances else ([math.nan], [math.nan])
-        rows.append(Row(case, label, dice(p, t), jaccard(p, t), hd95(*found), asd(found[0]),
+        both = surface_distances(p, t, spacing) if distances else ([math.nan], [math.nan])
+        rows.append(Row(case, label, dice(p, t), jaccard(p, t), hd95(*both), asd(both[0]),
                         empty=t.any() and not p.any()))
     return rows
 
@@ -109,14 +109,14 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
 def predict(model: Model, images: Tensor, shape: tuple[int, int], crop: int, device: torch.device,
             amp: bool = False, batch: int = 8, labels: bool = True) -> np.ndarray:
     """(Z,G,G) -> (Z,H,W) uint8 at native size (H,W); with labels=False (Z,C,H,W) probabilities."""
-    found = []
+    predictions = []
     for chunk in images.split(batch):
         x = data.crop_center(chunk.to(device).float(), crop)[:, None]  # (b,1,crop,crop)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
         p = data.to_native(logits.float().softmax(1), shape)  # (b,C,H,W)
-        found.append((p.argmax(1).to(torch.uint8) if labels else p).cpu())
-    return torch.cat(found).numpy()
+        predictions.append((p.argmax(1).to(torch.uint8) if labels else p).cpu())
+    return torch.cat(predictions).numpy()
 
 def evaluate(model: Model, dataset: Dataset, part: str, device: torch.device, amp: bool = False,
              distances: bool = True, post_process: Callable | None = None) -> list[Row]:
@@ -129,10 +129,10 @@ def evaluate(model: Model, dataset: Dataset, part: str, device: torch.device, am
             prediction = post_process(prediction)
         truth = data.read_mask(case, len(dataset.labels))
         spacing = case.spacing if dataset.unit == "mm" else (1, 1, 1)
-        found = score(case.name, prediction, truth, dataset.labels, spacing, distances)
-        if distances:  # which take their time
-            print(f"{case.name}: Dice {nanmean([r[2:3] for r in found])[0]:.4f}", flush=True)
-        rows += found
+        case_rows = score(case.name, prediction, truth, dataset.labels, spacing, distances)
+        if distances:  # slow: show progress
+            print(f"{case.name}: Dice {nanmean([r[2:3] for r in case_rows])[0]:.4f}", flush=True)
+        rows += case_rows
     return rows
 
 def class_means(rows: list[Row]) -> dict[str, np.ndarray]:
@@ -203,15 +203,15 @@ def command(name: str, run, remedy: str) -> None:
 
 def save(path: Path, content: dict | bytes) -> None:
     """A checkpoint or a file, whole or not at all: a crash leaves the previous file."""
-    part = path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     try:
         if isinstance(content, dict):
-            torch.save(content, part)
+            torch.save(content, temporary)
         else:
-            part.write_bytes(content)
-        os.replace(part, path)
+            temporary.write_bytes(content)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise BadInput(f"{path}: {error}; make room or write elsewhere, then --resume") from None
 
 def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) -> tuple:
@@ -223,8 +223,8 @@ def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) 
         saved = torch.load(path, map_location=device, weights_only=True)
         model = VQSeg(**saved["network"]).to(device)
         model.load_state_dict(saved["teacher"])
-        for part, module in resumed.items():
-            module.load_state_dict(saved[part])
+        for key, module in resumed.items():
+            module.load_state_dict(saved[key])
         for key in ("settings", "labels", "split", "fm", "window", "eval_crop"):
             saved[key]  # a KeyError where it is missing
     except Exception as error:  # a foreign file can fail in any way

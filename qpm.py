@@ -75,13 +75,13 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
     """
     K = len(codebook)
     check(eps, temperature, K)
-    uniform = {"generator": generator, "device": indices.device}
+    source = {"generator": generator, "device": indices.device}
     i = indices.reshape(-1, 1)  # (N,1)
-    replaced = torch.rand(len(i), **uniform) < eps  # (N,)
-    j = torch.randint(K - 1, (len(i), PROPOSALS), **uniform)
+    replaced = torch.rand(len(i), **source) < eps  # (N,)
+    j = torch.randint(K - 1, (len(i), PROPOSALS), **source)
     j += j >= i  # skips i itself: uniform over the K - 1 others
     d = torch.linalg.vector_norm(codebook[i] - codebook[j], dim=2)  # (N,PROPOSALS)
-    accepted = torch.rand(j.shape, **uniform) < (-d / temperature).exp()
+    accepted = torch.rand(j.shape, **source) < (-d / temperature).exp()
     first = accepted.byte().argmax(1, keepdim=True)  # (N,1)
     drawn = j.gather(1, first)[:, 0]
     # Where all proposals are refused, often if T is small, a token draws from its row of Eq. 4.

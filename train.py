@@ -121,15 +121,15 @@ def train(s: Settings) -> Path:
     """Trains, validates, scores; returns the run folder. With torchrun each process runs this."""
     rank, world, device = evaluate.join_processes(s.device)
     dataset, labeled, unlabeled = open_data(s, world, device)
-    student, teacher, fm, optimizer, about = build(s, dataset, device)
+    student, teacher, fm, optimizer, meta = build(s, dataset, device)
     amp = evaluate.has_bfloat16(device)
-    about |= {"processes": world, "precision": "bfloat16" if amp else "float32"}
-    run, start, best, log = open_run(s, rank, about, student, teacher, optimizer)
+    meta |= {"processes": world, "precision": "bfloat16" if amp else "float32"}
+    run, start, best, log = open_run(s, rank, meta, student, teacher, optimizer)
     model = DistributedDataParallel(student) if world > 1 else student
     if rank == 0 and data.extra("checks"):
-        data.extra("checks").before_training(run, teacher, dataset, about, device)
-    print(f"{run}: steps {start} to {s.steps} on {device}, {about['precision']}; foundation model: "
-          f"{about['fm']}\nterms (_l labeled; _u unlabeled, after the warm-up), codewords used, "
+        data.extra("checks").before_training(run, teacher, dataset, meta, device)
+    print(f"{run}: steps {start} to {s.steps} on {device}, {meta['precision']}; foundation model: "
+          f"{meta['fm']}\nterms (_l labeled; _u unlabeled, after the warm-up), codewords used, "
           "their perplexity, speed, time left")
     log_every = max(1, s.steps // 50)
     window: list[dict[str, Tensor]] = []
@@ -167,7 +167,7 @@ def train(s: Settings) -> Path:
             dice = float(evaluate.class_means(rows)["mean"][0])
             log.append({"step": step + 1, "val_dice": round(dice, 5)})
             print(f"step {step + 1}: validation Dice of the teacher {dice:.4f}", flush=True)
-            state = about | {"step": step + 1, "val_dice": dice, "teacher": teacher.state_dict()}
+            state = meta | {"step": step + 1, "val_dice": dice, "teacher": teacher.state_dict()}
             if rank == 0 and dice > best:
                 evaluate.save(run / "best.pt", state)
             best = max(best, dice)
@@ -228,12 +228,12 @@ def build(s: Settings, dataset: Dataset, device: torch.device):
         optimizer = torch.optim.SGD(trained, lr=s.lr, momentum=0.9, weight_decay=3e-5, fused=True)
     else:
         optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=0.01, fused=True)
-    about = {"settings": asdict(s), "network": network, "fm": fm_name, "labels": dataset.labels,
+    meta = {"settings": asdict(s), "network": network, "fm": fm_name, "labels": dataset.labels,
              "split": dataset.split, "eval_crop": dataset.eval_crop, "window": dataset.window,
              "volumes": {case.name: [case.patient, *case.shape] for case in dataset.cases}}
-    return student, teacher, fm.to(device) if fm else None, optimizer, about
+    return student, teacher, fm.to(device) if fm else None, optimizer, meta
 
-def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
+def open_run(s: Settings, rank: int, meta: dict, student, teacher, optimizer):
     """The run folder, the first step, the best Dice and the log so far."""
     method = "supervised" if s.supervised else f"vqseg-{s.perturb}"
     name = f"runs/{Path(s.data).resolve().name}-{s.labeled}-{method}-seed{s.seed}"
@@ -251,7 +251,7 @@ def open_run(s: Settings, rank: int, about: dict, student, teacher, optimizer):
         git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True,
                              cwd=Path(__file__).parent, text=True)
         commit = git.stdout.strip() or "unknown"
-        config = about | {"commit": commit, "torch": torch.__version__, "command": sys.argv}
+        config = meta | {"commit": commit, "torch": torch.__version__, "command": sys.argv}
         evaluate.save(run / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     return run, 0, -1.0, []
 
