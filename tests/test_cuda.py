@@ -160,7 +160,7 @@ def test_qpm_of_no_and_of_full_strength(temperature):
 @pytest.mark.parametrize("kind", ["none", "dropout", "shuffle", "qpm", "supervised"])
 def test_host_waits_only_for_qpm(kind, monkeypatch, tmp_path):
     """Between two log lines the host never waits for the GPU. QPM is the exception: how many tokens
-    a round refuses must be known to the host."""
+    have all proposals refused must be known to the host."""
     flags = ["--supervised"] if kind == "supervised" else ["--perturb", kind]
     flags += ["--steps", "100", "--device", DEV, "--out", str(tmp_path / "run")]
     generator, summary, mode = train.generator, evaluate.summary, torch.cuda.set_sync_debug_mode

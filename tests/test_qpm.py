@@ -87,7 +87,8 @@ def test_appendix_b_bounds_hold(eps, temperature):
     assert bound == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.02, math.inf])  # 0.02: nearly all are refused
+# Of all proposals of a token are refused: none at inf, a half at 0.3, nearly all at 0.02.
+@pytest.mark.parametrize("temperature", [math.inf, 1.0, 0.3, 0.02])
 def test_eq4_a_million_draws_pass_chi_square(temperature):
     """All codewords in turn, so that a token that gets another's draw is noticed."""
     K, N = 8, 1_000_000
@@ -100,6 +101,18 @@ def test_eq4_a_million_draws_pass_chi_square(temperature):
     chi_square = ((counts - expected).square() / expected)[likely].sum().item()
     assert counts[~likely].sum() <= 30  # 9 are expected at T = 0.02
     assert chi_square < 115  # of at most 56 degrees of freedom: p is below 1e-5
+
+
+def test_the_same_generator_gives_the_same_draws():
+    indices = torch.arange(8).repeat(500)
+    first, second = (qpm.perturb(indices, codebook(8), EPS, 0.3, seeded()) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_tokens_of_one_index_draw_independently():
+    pi = qpm.transition_rows(torch.zeros(1, dtype=torch.long), codebook(8), EPS)[0]
+    a, b = qpm.perturb(torch.zeros(2, 20_000, dtype=torch.long), codebook(8), EPS, 1.0, seeded())
+    assert (a == b).double().mean().item() == pytest.approx(pi.square().sum().item(), abs=0.02)
 
 
 def test_qpm_at_eps_0_is_the_identity():
