@@ -142,7 +142,7 @@ def class_means(rows: list[Row]) -> dict[str, np.ndarray]:
     return means | {"mean": nanmean(list(means.values()))}
 
 def nanmean(values: list) -> np.ndarray:
-    """Means of columns without their nan: (n,m) -> (m,); nan where all is nan."""
+    """Mean of each column, nan left out: (n,m) -> (m,); nan where all are nan."""
     return np.ma.masked_invalid(values).mean(0).filled(math.nan)
 
 def table(rows: list[Row]) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Generator = torch.Generator | None
-PROPOSALS = 16  # per token in `perturb`; unit codewords at T = 1 accept a quarter of them
+PROPOSALS = 16  # a token; unit codewords at T = 1 accept 1/4 of them, so 1 % accept none
 
 def dropout_kl(p: Tensor) -> Tensor:
     """Eq. 1: KL(P||Q) ~= 1/2 ( p/(1-p) + log(1-p) ) of P = N(0,s^2), Q = N(0,(1-p)s^2); p < 1.

@@ -229,8 +229,8 @@ def build(s: Settings, dataset: Dataset, device: torch.device):
     else:
         optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=0.01, fused=True)
     meta = {"settings": asdict(s), "network": network, "fm": fm_name, "labels": dataset.labels,
-             "split": dataset.split, "eval_crop": dataset.eval_crop, "window": dataset.window,
-             "volumes": {case.name: [case.patient, *case.shape] for case in dataset.cases}}
+            "split": dataset.split, "eval_crop": dataset.eval_crop, "window": dataset.window,
+            "volumes": {case.name: [case.patient, *case.shape] for case in dataset.cases}}
     return student, teacher, fm.to(device) if fm else None, optimizer, meta
 
 def open_run(s: Settings, rank: int, meta: dict, student, teacher, optimizer):
@@ -248,6 +248,7 @@ def open_run(s: Settings, rank: int, meta: dict, student, teacher, optimizer):
         if (run / "config.json").exists() and not s.resume:
             raise BadInput(f"{run}: holds a run; --resume {run} continues it, --out starts another")
         run.mkdir(parents=True, exist_ok=True)
+        # A shell, since git may be missing; it also says nothing where the code is no checkout.
         git = subprocess.run("git describe --always --dirty", shell=True, capture_output=True,
                              cwd=Path(__file__).parent, text=True)
         commit = git.stdout.strip() or "unknown"
@@ -282,6 +283,8 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
     for f in fields(Settings):
         flag, value = "--" + f.name.replace("_", "-"), getattr(s, f.name)
         low, high = f.metadata["low"], f.metadata["high"]
+        if value not in (f.metadata["choices"] or [value]):  # in a record of another version
+            raise BadInput(f"{flag} {value}: must be one of {', '.join(f.metadata['choices'])}")
         if f.name == "codebook_size" and s.perturb in ("qpm", "shuffle"):
             low = 2  # there must be another codeword
         if f.type in (int, float) and not low <= value <= high:

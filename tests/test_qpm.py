@@ -87,7 +87,7 @@ def test_appendix_b_bounds_hold(eps, temperature):
     assert bound == pytest.approx(expected)
 
 
-# Of all proposals of a token are refused: none at inf, a half at 0.3, nearly all at 0.02.
+# The share of tokens that have all proposals refused: 0 at inf, 0.5 at 0.3, nearly 1 at 0.02.
 @pytest.mark.parametrize("temperature", [math.inf, 1.0, 0.3, 0.02])
 def test_eq4_a_million_draws_pass_chi_square(temperature):
     """All codewords in turn, so that a token that gets another's draw is noticed."""

@@ -336,6 +336,14 @@ def test_a_run_folder_holds_the_record_the_checkpoints_and_the_scores(finished):
     assert names >= {"config.json", "log.jsonl", "last.pt", "best.pt", "val.csv"}
 
 
+def test_outside_git_the_commit_is_unknown(tmp_path, monkeypatch):
+    (tmp_path / "no git's").mkdir()
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "no git's" / "train.py"))
+    s = train.read_settings(["--out", str(tmp_path / "run")])
+    train.open_run(s, 0, {}, None, None, None)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["commit"] == "unknown"
+
+
 def test_the_unlabeled_join_after_the_warmup(unscored, tmp_path):
     log = run(tmp_path, "--warmup", "0.3")["log"]  # 0.3 of 12 steps is 3.6
     assert next(record["step"] for record in log if "seg_u" in record) == 5  # after four steps
@@ -470,12 +478,15 @@ def test_resume_of_a_folder_without_a_run_is_refused(tmp_path, content):
             train.read_settings(["--resume", str(folder)])
 
 
-@pytest.mark.parametrize("name, value", [("steps", "a"), ("seed", None), ("width", [4])])
-def test_resume_of_a_damaged_record_is_refused(finished, tmp_path, name, value):
+@pytest.mark.parametrize("name, value, said", [
+    ("perturb", "x", "--perturb x: must be one of"), ("encoder", "v1", "--encoder v1: must be one"),
+    ("steps", "a", "no readable run; begin anew"), ("seed", None, "no readable run; begin anew"),
+    ("width", [4], "no readable run; begin anew")])
+def test_resume_of_a_damaged_record_is_refused(finished, tmp_path, name, value, said):
     record = json.loads((finished[0] / "config.json").read_text())
     record["settings"][name] = value
     (tmp_path / "config.json").write_text(json.dumps(record))
-    with pytest.raises(BadInput, match="no readable run; begin anew"):
+    with pytest.raises(BadInput, match=said):
         train.read_settings(["--resume", str(tmp_path)])
 
 
