@@ -8,7 +8,7 @@ stretch slices to 256x256, we keep their aspect ratio), evaluation sees only the
 and probabilities, not labels, are brought back to native size.
 The paper does not say:
   - where the crop lies. Ours is near the center in training; evaluation sees the central EVAL_CROP
-    pixels, which hold the heart of all 80 patients at hand, and calls the rest background.
+    pixels, which hold all hearts of training and validation, and calls the rest background.
   - which view gets which augmentation. Weak: rotation, scale, shift. Strong: weak, then jitter,
     blur, noise. Both have the same geometry: the pseudo-label fits the student's view.
 """
@@ -63,7 +63,7 @@ class Case(NamedTuple):
     shape: tuple[int, ...]  # native (Z,H,W)
     spacing: tuple[float, ...]  # (z,y,x) in mm
     mask: Path | np.ndarray | None  # native mask (Z,H,W): NIfTI, or in memory; None: unlabeled
-    first: int = 0  # its slices are the rows first .. first + Z of the arrays
+    first: int = 0  # its slices are the rows first to first + Z - 1
 
 class Dataset(NamedTuple):
     labels: list[str]  # class names, background first
@@ -216,7 +216,7 @@ def crop_center(x: Tensor, crop: int = EVAL_CROP) -> Tensor:
     return x[..., edge : edge + crop, edge : edge + crop]
 
 def batch(dataset: Dataset, rows: Tensor, count: int, generator: torch.Generator) -> tuple:
-    """`count` random slices out of `rows`, on their device: images (B,1,G,G), masks (B,G,G)."""
+    """`count` random slices out of `rows`, with replacement: images (B,1,G,G), masks (B,G,G)."""
     device = generator.device
     chosen = rows[torch.randint(len(rows), (count,), generator=generator, device=device)]
     chosen = chosen.to(dataset.images.device)
@@ -262,7 +262,7 @@ def strong_view(x: Tensor, generator: torch.Generator) -> Tensor:
     steps = torch.arange(-3, 4, device=x.device)
     kernel = torch.softmax(-0.5 * (steps / sigma) ** 2, 1)  # (B,7)
     x = F.pad(x.transpose(0, 1), (3,) * 4, mode="replicate")  # zeros would darken the edge
-    x = F.conv2d(x, kernel[:, None, None, :], groups=B)
+    x = F.conv2d(x, kernel[:, None, None, :], groups=B)  # slices as channels, each its kernel
     x = F.conv2d(x, kernel[:, None, :, None], groups=B).transpose(0, 1)
     # 3. Noise.
     noise = torch.randn(x.shape, generator=generator, device=x.device)

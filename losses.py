@@ -38,7 +38,7 @@ def soft_dice_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None) -> Ten
     weight = 1 if keep is None else keep[:, None]
     overlap = (p * t * weight).sum((0, 2, 3))[1:]  # (C-1,)
     size = ((p + t) * weight).sum((0, 2, 3))[1:]
-    # One pixel more on both sides: finite, and little loss where a class is in neither.
+    # One pixel more on both sides: no 0/0 where a class is in neither.
     return 1 - ((2 * overlap + 1) / (size + 1)).mean()
 
 def segmentation_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None,

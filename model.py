@@ -11,12 +11,12 @@ Adapter, PFA, Figure 4).
 The paper does not say:
   - what is quantized when a decoder has skip connections: NETWORKS lists four readings. D_s also
     gets the shallower maps, continuous, as in the authors' release. D_i must not: it would copy x.
-  - how tokens are scaled. Ours lose mean and variance per image and channel, and get unit length
+  - how tokens are scaled. Ours get mean 0 and variance 1 per image and channel, then unit length
     like the codewords.
   - which tokens of an unlabeled slice D_i gets. Ours: q(z), since Eq. 9 perturbs what D_s gets.
     Eq. 7 also lists D_i( q'(z) ).
 The paper's encoder is DINOv2 with UniMatch V2's decoder (`--encoder dinov2`, extras/dinov2.py). The
-default here is a small convolutional network with BatchNorm, trained from scratch.
+default here is a small convolutional network with BatchNorm, from scratch. D_i is small in both.
 """
 
 from typing import NamedTuple
@@ -34,14 +34,14 @@ NETWORKS = {"conv16": (16, True), "conv8": (8, True), "conv4": (4, True), "conv4
 
 class Encoded(NamedTuple):
     z: Tensor  # (B,D,h,w) tokens; h = H/stride, with DINOv2 H/14
-    skips: list[Tensor]  # (B,c,H/2,W/2), (B,2c,H/4,W/4), ... to twice h; with DINOv2 as z
+    skips: list[Tensor]  # (B,c,H/2,W/2), (B,2c,H/4,W/4), ... to twice h; of DINOv2 all as z
 
 class Decoded(NamedTuple):
     y_hat: Tensor  # (B,C,H,W) logits of D_s
     x_hat: Tensor | None  # (B,1,H,W) image of D_i; None in the supervised baseline
     indices: Tensor  # (B,h,w) codewords of q(z)
     vq_loss: Tensor  # () the quantizer's own loss
-    f_pfa: Tensor | None  # (B,C',H',W') adapted features; None without --fm
+    f_pfa: Tensor | None  # (B,C',H',W') adapted features; None without a foundation model
 
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
     """Two 3x3 convolutions, each with BatchNorm and SiLU."""
@@ -71,14 +71,14 @@ class Upward(nn.Module):
 class Encoder(nn.Module):
     """Down to 1/16 of the image in four levels, up again to 1/stride, then the tokens.
 
-    2x2 pixels enter as channels: a level at full resolution would take half of a step's time.
+    2x2 pixels enter as channels: no convolution runs at full resolution, where it is slowest.
     """
 
     def __init__(self, channels: list[int], dim: int, stride: int, skips: bool):
         super().__init__()
         self.levels = nn.ModuleList(conv_block(i, o) for i, o in zip([4] + channels, channels))
         self.skips = skips
-        self.shallower = n = stride.bit_length() - 2  # levels above the tokens: 3, 2 or 1
+        self.shallower = n = stride.bit_length() - 2  # log2(stride) - 1 levels: 3, 2 or 1
         self.upward = Upward(channels[n:][::-1])
         self.to_tokens = nn.Conv2d(channels[n], dim, 1, bias=False)  # unit_tokens removes a bias
 
@@ -190,7 +190,7 @@ class VQSeg(nn.Module):
 
     def forward(self, x: Tensor, labeled: int, how: str, eps: float, temperature: float,
                 generator: torch.Generator | None) -> Decoded:
-        """Eq. 7, of a batch whose first `labeled` slices are labeled; the others are perturbed."""
+        """Eq. 7. x (B,1,H,W): the first `labeled` slices get q(z), the others q'(z) by `how`."""
         z, skips = self.encoder(x)
         q = self.quantizer(z)
         tokens = q.codes

@@ -22,8 +22,8 @@ Generator = torch.Generator | None
 PROPOSALS = 16  # a token; unit codewords at T = 1 accept 1/4 of them, so 1 % accept none
 
 def dropout_kl(p: Tensor) -> Tensor:
-    """Eq. 1: KL(P||Q) ~= 1/2 ( p/(1-p) + log(1-p) ) of P = N(0,s^2), Q = N(0,(1-p)s^2); p < 1.
-    Here dropout does not scale what it keeps; `dropout` below does, as nn.Dropout."""
+    """Eq. 1: KL(P||Q) = 1/2 ( p/(1-p) + log(1-p) ) of P = N(0,s^2), Q = N(0,(1-p)s^2); p < 1.
+    Q has the variance of dropout that does not scale what it keeps; `dropout` below does scale."""
     p = torch.as_tensor(p, dtype=torch.float64)
     return 0.5 * (p / (1 - p) + torch.log1p(-p))
 
@@ -71,7 +71,7 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
     """QPM: replaces each index i by a draw j ~ pi(.|i) of Eq. 4, independently. (...) -> (...).
 
     Rejection sampling needs no row of K probabilities: propose j != i uniformly, accept it with
-    probability exp(-d(c_i,c_j)/T). The first accepted j has exactly the distribution of Eq. 4.
+    probability exp(-d(c_i,c_j)/T). The first accepted j is a draw of Eq. 4, given that j != i.
     """
     K = len(codebook)
     check(eps, temperature, K)
@@ -97,8 +97,8 @@ def shuffle(indices: Tensor, eps: float, generator: Generator = None) -> Tensor:
     B, h, w = indices.shape
     flat = indices.reshape(B, h * w)
     order = torch.rand(B, h * w, generator=generator, device=indices.device).argsort(1)
-    chosen = order[:, : round(eps * h * w)]  # (B,n) distinct positions in random order
-    moved = flat.scatter(1, chosen.sort(1).values, flat.gather(1, chosen))
+    chosen = order[:, : round(eps * h * w)]  # (B,n): their indices, in this order, go to
+    moved = flat.scatter(1, chosen.sort(1).values, flat.gather(1, chosen))  # the sorted places
     return moved.reshape(B, h, w)
 
 def dropout(codes: Tensor, p: float, generator: Generator = None) -> Tensor:
@@ -113,8 +113,8 @@ def replace(codes: Tensor, indices: Tensor, codebook: Tensor) -> Tensor:
     return codes + (new - codes).detach()
 
 # --perturb NAME -> q'(z) (B,D,h,w), what D_s gets of the unlabeled slices, from q = q(z)
-# (B,D,h,w), its indices i (B,h,w) and the codebook c (K,D). To add one, write a function like
-# those above and enter it here.
+# (B,D,h,w), its indices i (B,h,w), the codebook c (K,D), eps, T and a generator g. To add one,
+# write a function like those above and enter it here.
 PERTURBATIONS = {
     "qpm": lambda q, i, c, eps, T, g: replace(q, perturb(i, c, eps, T, g), c),
     "shuffle": lambda q, i, c, eps, T, g: replace(q, shuffle(i, eps, g), c),

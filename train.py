@@ -5,10 +5,10 @@ Names: _l labeled, strong view; _u, _a unlabeled, weak and strong view; x image,
 
 The paper does not say:
   - which view the student sees: Eq. 7 lists q(z_a) and q'(z_u). Ours is the strong one. QPM
-    perturbs the tokens of x_a, the teacher labels x_u, and D_i makes x_u from q(z_a).
+    perturbs the tokens of x_a, D_i makes x_u from q(z_a); teacher and frozen model see x_u.
   - any warm-up: of the unlabeled loss (`--warmup`), the learning rate (100 steps), alpha (890).
-  - what an epoch and "decay 3e-5" are, nor the momentum and the power of the schedule. Ours: a
-    pass over the unlabeled slices, weight decay, 0.9 and 0.9.
+  - what an epoch, "batch 4" and "decay 3e-5" are, nor momentum and power of the schedule. Ours:
+    a pass over the unlabeled slices, 4 labeled and 4 unlabeled, weight decay, 0.9 and 0.9.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Settings:
                           "D_s sees only tokens; dinov2: the paper's", [*NETWORKS, "dinov2"])
     width: int = option(24, "channels of the first level of the conv network", low=1, high=1024)
 
-# Section 4.2 and Eq. 8 to 12. Not flags: SGD in place of AdamW, and 100 epochs.
+# Section 4.2 and Eq. 8 to 12; also SGD and 100 epochs. lr and alpha still rise at first.
 PAPER = {"encoder": "dinov2", "fm": "dinov2", "codebook_size": 16384, "eps": 0.7, "lambda_a": 5.0,
          "lambda_u": 1.0, "lambda_rec": 1.0, "lambda_dice": 0.0, "lambda_usage": 0.0,
          "threshold": 0.0, "warmup": 0.0, "batch": 4, "lr": 1e-4}
@@ -93,7 +93,7 @@ def vqseg_loss(s: Settings, student: nn.Module, teacher: VQSeg, fm: nn.Module | 
     terms = {"seg_l": l_l.seg, "rec_l": l_l.rec, "vq": out.vq_loss, "indices": out.indices}
     loss = l_l.total
     if lambda_u:
-        # 3. Teacher: pseudo-labels of the weak view.
+        # 3. Teacher: pseudo-labels of the weak view. Eq. 7 lists its D_i too, which no loss uses.
         with torch.no_grad():
             pseudo = losses.pseudo_label(teacher.predict(x_u), s.threshold)
         # 4. Unlabeled slices, Eq. 9: y_hat comes from q'(z), x_hat from q(z). Then Eq. 10.

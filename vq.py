@@ -33,7 +33,7 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
         # ||z - c||^2 = ||z||^2 - 2 (z.c - ||c||^2 / 2): the nearest c has the largest bracket.
         codebook = codebook.float()
         half_squares = codebook.square().sum(1) / 2  # (K,)
-        # Chunks of tokens, so that no table is larger than 64 MB for any number of tokens.
+        # In chunks (n,K) of 64 MB at most. addmm is here chunk @ codebook.T - half_squares.
         tokens = z.float().reshape(-1, z.shape[-1])  # (N,D)
         chunks = tokens.split(max(1, 2**24 // len(codebook)))
         brackets = (torch.addmm(half_squares, chunk, codebook.T, beta=-1) for chunk in chunks)
@@ -90,8 +90,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Quantized:
         """(B,D,h,w) tokens -> q(z), indices, loss and codebook; without gradient the loss is 0."""
         if not len(self.table):
-            none = torch.zeros_like(z[:, 0], dtype=torch.long)  # (B,h,w)
-            return Quantized(z, none, z.new_zeros(()), self.table)
+            indices = torch.zeros_like(z[:, 0], dtype=torch.long)  # (B,h,w)
+            return Quantized(z, indices, z.new_zeros(()), self.table)
         codebook = self.codebook
         indices = nearest(z.permute(0, 2, 3, 1), codebook)  # (B,h,w)
         codes = F.embedding(indices, codebook).permute(0, 3, 1, 2)  # (B,D,h,w)
@@ -104,8 +104,8 @@ class VectorQuantizer(nn.Module):
             tokens = z.float().flatten(2).transpose(1, 2)  # (B,hw,D)
             loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2))
             if self.usage_weight:
-                step = max(1, tokens.shape[1] // 64)  # about 64 an image: the table is large
-                while math.gcd(step, z.shape[3]) > 1:  # this would leave columns out
+                step = max(1, tokens.shape[1] // 64)  # about 64 tokens an image: p is (N,K)
+                while math.gcd(step, z.shape[3]) > 1:  # it would visit some of the w columns only
                     step += 1
                 sample = tokens[:, ::step].flatten(0, 1)
                 loss = loss + self.usage_weight * usage_loss(sample, codebook)
