@@ -85,7 +85,7 @@ def nifti_files(folder: Path | None) -> dict[str, Path]:
 def paired(images: dict[str, Path], masks: dict[str, Path], part: str = "") -> list[Source]:
     """An image without a mask is unlabeled; a mask without an image is an error."""
     for name in sorted(masks.keys() - images.keys()):
-        raise BadInput(f"{masks[name]}: has no image of that name; add it, or remove the mask")
+        raise BadInput(f"{masks[name]}: has no image of that name; give both one name")
     sources = []
     for name, image in images.items():
         mask = (masks[name],) if name in masks else None
@@ -176,7 +176,7 @@ def png_layout(root: Path) -> list[Source]:
                 remedy = "add it, or move the image to train-unlabel"
                 raise BadInput(f"{file}: has no mask {file.stem}.npy; {remedy}")
         for stem in sorted(masks.keys() - {image.stem for image in images}):
-            raise BadInput(f"{masks[stem]}: has no image of that name; add it, or remove the mask")
+            raise BadInput(f"{masks[stem]}: has no image of that name; give both one name")
         for name, slices in volumes.items():
             files = tuple(slices[k] for k in sorted(slices))
             if max(slices) - min(slices) + 1 != len(slices):

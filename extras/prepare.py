@@ -28,7 +28,7 @@ import torch
 import data
 import evaluate
 from data import BadInput
-from extras.files import check_whole, fault, open_volume, slabs
+from extras.files import NIFTI, check_whole, fault, open_volume, slabs
 from extras.layouts import Source, find, leave
 from extras.masks import class_names, mask_slabs
 
@@ -55,34 +55,34 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
         val = max(1, round(0.1 * len(order)))
         end = val + (0 if test else round(0.2 * len(order)))
         split = {"train": order[end:], "val": order[:val], "test": test or order[val:end]}
-        split["train"] += [p for p in patients if p not in masked]
+        split["train"] += [p for p in patients if p not in masked + test]
     if how != "acdc":
         split["train"].sort(key=lambda patient: patient not in masked)
+    for part in ("val", "test"):  # without a mask nothing can be scored
+        split[part] = [p for p in split[part] if p in masked]
     for patient, times in Counter(sum(split.values(), [])).items():
         if times > 1:
-            place = root / "split.txt" if (root / "split.txt").exists() else root
-            raise BadInput(f"{place}: {patient} is twice in train, val and test; leave it in once")
-    if not set(split["train"]) & set(masked) or not set(split["val"]) & set(masked):
-        raise BadInput(f"{root}: train and val need a patient with a mask each; add masks")
-    for part, some in split.items():
-        shown = " ".join(some[:8]) + (" ..." if len(some) > 8 else "")
-        print(f"{part}: {len(some)} patients, {len(set(some) & set(masked))} with masks: {shown}")
+            raise BadInput(f"{root}: {patient} is twice in train, val and test; leave it in once")
+    if not set(split["train"]) & set(masked) or not split["val"]:
+        remedy = "add masks, or change the split or --patient"
+        raise BadInput(f"{root}: train and val need a patient with a mask each; {remedy}")
+    for part, names in split.items():
+        shown = " ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+        print(f"{part}: {len(names)} patients, {len(set(names) & set(masked))} with masks: {shown}")
     warn_of_stems(patients)
     return split
 
 
 def warn_of_stems(patients: list[str]) -> None:
-    """Visits of one patient in train and in test would make the test a rehearsal."""
-    visits = Counter(re.sub(r"[_-][a-zA-Z]+[_-]?\d+$", "", p) for p in patients)
-    numbers = Counter(re.sub(r"[_-]\d+$", "", p) for p in patients)
-    # case_001 to case_300 have one stem and are many; p01_1, p01_2, p02_1 have several.
-    numbers = Counter({k: n for k, n in numbers.items() if re.search(r"\d$", k)})
-    if len(numbers) < 2:
-        numbers.clear()
-    for stem, times in (visits | numbers).items():
-        if times > 1 and stem not in patients:
-            print(f"WARNING: {times} patients begin with {stem}; if they are one, say so with "
-                  f"--patient '^[^_-]+', which takes a name up to _ or -")
+    """Warns where names look like visits of one patient, who must not be in train and in test."""
+    # eva_visit1 and p01_2 are visits; case_001 is not, nor are names that all have one stem.
+    visit = r"[_-][a-zA-Z]+[_-]?\d+$|(?<=\d)[_-]\d+$"
+    stems = Counter(re.sub(visit, "", patient) for patient in patients)
+    stem, times = stems.most_common(1)[0]
+    if times > 1 and len(stems) > 1:
+        expression = "^" + "[_-]".join("[^_-]+" for _ in re.split("[_-]", stem))
+        print(f"WARNING: {times} patients begin with {stem}; if they are one, and so with other "
+              f"names, say so with --patient '{expression}'")
 
 
 def read_split(path: Path, patients: list[str]) -> dict[str, list[str]]:
@@ -121,8 +121,8 @@ def write(sources: list[Source], folder: Path, values: list[int], window, bits: 
     cases, first = [], 0
     # Not memory-mapped: where the disk is full after all, that ends the process without a word.
     with open(folder / "images.npy", "wb") as images, open(folder / "masks.npy", "wb") as masks:
-        for file, of in ((images, kind), (masks, np.dtype(np.uint8))):
-            head = {"descr": of.str, "fortran_order": False, "shape": (N, data.GRID, data.GRID)}
+        for file, dtype in ((images, kind), (masks, np.dtype(np.uint8))):
+            head = {"descr": dtype.str, "fortran_order": False, "shape": (N, data.GRID, data.GRID)}
             np.lib.format.write_array_header_1_0(file, head)
         for number, source in enumerate(sources, start=1):
             for path in (*source.images, *(source.masks or ())):
@@ -140,7 +140,7 @@ def write(sources: list[Source], folder: Path, values: list[int], window, bits: 
             if source.masks:
                 native = np.concatenate(list(mask_slabs(source, volume, values)))
                 mask = data.to_grid(torch.from_numpy(native)).numpy()
-                name = f"masks/{number:04d}.nii.gz"  # its own could be one no disk can store
+                name = f"masks/{number:04d}.nii.gz"  # the case's own name may be no valid file name
                 affine = np.diag([*volume.spacing[::-1], 1])
                 nib.save(nib.Nifti1Image(native.T, affine), folder / name)
             masks.write(mask.tobytes())
@@ -160,10 +160,11 @@ def prepare(args: argparse.Namespace) -> None:
     sources = find(args.source, args.patient)
     split = make_split(args.source, sources, args.split, args.seed)
     labels = class_names(args.source, args.classes, args.split, sources)
-    listed = {*sum(split.values(), [])}
-    others = [source.images[0] for source in sources if source.patient not in listed]
-    leave(others, "of patients that the split does not name")
-    sources = [source for source in sources if source.patient in listed]
+    scored = {*split["val"], *split["test"]}
+    used = [s for s in sources if s.patient in split["train"] or s.masks and s.patient in scored]
+    others = [source.images[0] for source in sources if source not in used]
+    leave(others, "not in the split, or without a mask in val or test")
+    sources = used
     if args.window and not 0 < args.window[1] - args.window[0] < math.inf:
         raise BadInput(f"--window {args.window}: the second number must be the larger")
     crop = args.eval_crop or (data.EVAL_CROP if args.split == "acdc" else data.GRID)
@@ -178,11 +179,12 @@ def prepare(args: argparse.Namespace) -> None:
         folder = Path(temporary, "set")
         folder.mkdir()
         cases = write(sources, folder, [*labels.values()], args.window, args.bits)
-        # The field's protocol has distances in voxels; on a set of one's own mm mean more.
-        about = {"labels": [*labels], "split": split, "labeled": labeled, "eval_crop": crop,
-                 "unit": "voxels" if args.split == "acdc" else "mm", "window": args.window,
-                 "cases": cases}
-        record = json.dumps(about, indent=1) + "\n"
+        # The field's protocol has distances in voxels; on a set of one's own mm mean more. HDF5 and
+        # PNG do not say how large a voxel is.
+        in_mm = args.split != "acdc" and NIFTI.search(sources[0].images[0].name)
+        meta = {"labels": [*labels], "split": split, "labeled": labeled, "eval_crop": crop,
+                "unit": "mm" if in_mm else "voxels", "window": args.window, "cases": cases}
+        record = json.dumps(meta, indent=1) + "\n"
         (folder / "dataset.json").write_text(record, encoding="utf-8")
         shutil.move(folder, args.out)  # whole or not at all
     slices = sum(case["shape"][0] for case in cases)

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import random
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -254,7 +256,7 @@ def put(path: Path, content) -> None:
     ("labels/p1.nii.gz", nib.Nifti1Image(volume(1)[1], shifted(40)),
      "labels/p1.nii.gz: lies 40 mm beside its image; give both one affine"),
     ("images/p1.nii.gz", np.full((20, 16, 3), np.nan, np.float32),
-     "images/p1.nii.gz: holds voxels that are no finite numbers; replace them"),
+     "images/p1.nii.gz: holds voxels that are not finite numbers; replace them"),
     ("images/p1.nii.gz", volume(1)[0][:, :, 0], "is one slice of shape (20, 16); store it as"),
     ("labels/p1.nii.gz", np.zeros((20, 16, 3, 2), np.uint8), "of a one-hot mask its class numbers"),
     ("images/p1.nii", volume(1)[0], "has the same name; remove one of the two"),
@@ -499,7 +501,7 @@ GOOD_SPLIT = "p0 train\np1 train\np2 val\np3 test\np4 train\np5 val\n"
     (b"p0 train\n", "does not name p1 p2 p3 p4 p5; add a line for each"),
     (GOOD_SPLIT.replace(" ", ",").encode(), "is not a patient of this set"),
     (GOOD_SPLIT.encode() + b"p9 train\n", "'p9 train' is not a patient"),
-    (GOOD_SPLIT.encode() + b"p0 test\n", "split.txt: p0 is twice in train, val"),
+    (GOOD_SPLIT.encode() + b"p0 test\n", "p0 is twice in train, val"),
     (GOOD_SPLIT.replace("val", "test").encode(), "train and val need a patient with a mask each")])
 def test_a_split_txt_that_cannot_be_followed_is_refused(pairs, capsys, content, said):
     (pairs / "split.txt").write_bytes(content)
@@ -617,3 +619,42 @@ def test_visits_that_look_like_one_patient_are_warned_of(pairs, capsys):
             (pairs / place / f"p{n}.nii.gz").rename(pairs / place / f"eva_visit{n}.nii.gz")
     run(pairs)
     assert "2 patients begin with eva" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names, stem, patient", [
+    (["eva_visit1", "eva_visit2", "p0"], "eva", "eva"),
+    (["p01_1", "p01_2", "p02_1"], "p01", "p01"),
+    (["GLI-001-000", "GLI-001-001", "GLI-002-000"], "GLI-001", "GLI-001"),
+    (["case_001", "case_002", "case_003"], "", ""),
+    (["LIDC-IDRI-0001", "LIDC-IDRI-0002"], "", "")])
+def test_only_names_of_visits_are_warned_of_and_the_remedy_joins_them(capsys, names, stem, patient):
+    prepare.warn_of_stems(names)
+    said = capsys.readouterr().out
+    assert (f"begin with {stem};" in said) if stem else not said
+    if stem:
+        expression = re.search("--patient '(.*)'", said)[1]
+        assert re.search(expression, names[0])[0] == re.search(expression, names[1])[0] == patient
+
+
+def test_a_volume_without_a_mask_is_no_part_of_validation(pairs, capsys):
+    for n in range(6):  # each patient has a second frame, without a mask
+        image, _ = volume(n)
+        for place in ("images", "labels"):
+            (pairs / place / f"p{n}.nii.gz").rename(pairs / place / f"p{n}_frame01.nii.gz")
+        save(pairs / "images" / f"p{n}_frame02.nii.gz", image)
+    dataset = run(pairs)
+    assert all(case.mask for case in dataset.part("val") + dataset.part("test"))
+    assert sum(case.mask is None for case in dataset.part("train")) == len(dataset.split["train"])
+    assert "without a mask in val or test: 2 files" in capsys.readouterr().out
+
+
+def test_nnunet_test_scans_without_masks_are_left_alone(pairs, capsys):
+    for n in range(6):
+        end = "Ts" if n > 3 else "Tr"
+        save(pairs / f"images{end}" / f"p{n}_0000.nii.gz", volume(n)[0])
+        if n < 5:
+            save(pairs / f"labels{end}" / f"p{n}.nii.gz", volume(n)[1])
+    for place in ("images", "labels"):
+        shutil.rmtree(pairs / place)
+    assert run(pairs).split["test"] == ["p4"]
+    assert "p5_0000.nii.gz" in capsys.readouterr().out
