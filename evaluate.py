@@ -107,15 +107,15 @@ def score(case: str, prediction: np.ndarray, truth: np.ndarray, labels: list[str
 
 @torch.no_grad()
 def predict(model: Model, images: Tensor, shape: tuple[int, int], crop: int, device: torch.device,
-            amp: bool = False, batch: int = 8, labels: bool = True) -> np.ndarray:
-    """(Z,G,G) -> (Z,H,W) uint8 at native size (H,W); with labels=False (Z,C,H,W) probabilities."""
+            amp: bool = False, batch: int = 8) -> np.ndarray:
+    """Slices (Z,G,G) -> labels (Z,H,W) uint8 at native size (H,W)."""
     predictions = []
     for chunk in images.split(batch):
         x = data.crop_center(chunk.to(device).float(), crop)[:, None]  # (b,1,crop,crop)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(x)
         p = data.to_native(logits.float().softmax(1), shape)  # (b,C,H,W)
-        predictions.append((p.argmax(1).to(torch.uint8) if labels else p).cpu())
+        predictions.append(p.argmax(1).to(torch.uint8).cpu())
     return torch.cat(predictions).numpy()
 
 def evaluate(model: Model, dataset: Dataset, part: str, device: torch.device, amp: bool = False,

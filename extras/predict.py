@@ -72,8 +72,9 @@ def extended(model: VQSeg, saved: dict, flags: dict) -> tuple:
     if flags["eps"]:  # QPM at test time: how much the decoder needs its tokens
         if not 0 <= flags["eps"] <= 1:
             raise BadInput(f"--eps {flags['eps']}: must be 0 to 1")
-        if not len(model.quantizer.table):
-            raise BadInput(f"--eps {flags['eps']}: the run has no codewords; leave the flag out")
+        if len(model.quantizer.table) < 2:
+            fault = "the run has fewer than two codewords; leave the flag out"
+            raise BadInput(f"--eps {flags['eps']}: {fault}")
         T = saved["settings"]["temperature"]
         g = torch.Generator(model.quantizer.table.device).manual_seed(0)
         network = partial(model.predict, how="qpm", eps=flags["eps"], temperature=T, generator=g)
@@ -173,17 +174,14 @@ def draw(path: Path, volume: np.ndarray, labels: np.ndarray, names: list[str], a
 
 
 def predict_file(model: Model, saved: dict, scan: Path, out: Path, device: torch.device,
-                 largest: bool = False, with_probabilities: bool = False) -> str:
+                 largest: bool = False) -> str:
     """Segments a scan into the file `out`; returns the milliliters of each class as text."""
     names, crop = saved["labels"], saved["eval_crop"]
-    stem = NIFTI.sub("", out.name)
-    outputs = [out.name, f"{stem}.png", f"{stem}_prob.nii.gz"][: 3 if with_probabilities else 2]
-    for path in map(out.with_name, outputs):
+    picture = out.with_name(NIFTI.sub("", out.name) + ".png")
+    for path in (out, picture):
         if path.exists():
             raise BadInput(f"{path}: already exists; not overwriting; change --out or remove it")
     file, (dx, dy, dz), series = read_scan(scan)
-    if with_probabilities and len(series) > 1:
-        raise BadInput(f"{scan}: has {len(series)} time points; --probabilities needs one")
     shape = series.shape[2:]
     found = []
     for volume in series:
@@ -197,16 +195,14 @@ def predict_file(model: Model, saved: dict, scan: Path, out: Path, device: torch
     voxels = np.stack(found).T.reshape(file.shape)  # (T,Z,H,W) -> (x,y,z), or (x,y,z,T)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: files move out of a hidden folder when all of them are written.
+        # Whole or not at all: files move out of a hidden folder when both of them are written.
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".") as folder:
-            paths = [Path(folder, name.lower()) for name in outputs]  # nibabel has no .Nii.gz
-            nib.save(like(file, voxels, kind), paths[0])
-            draw(paths[1], data.scale(series[0], saved["window"]), found[0], names, dy / dx)
-            if with_probabilities:
-                p = evaluate.predict(model, images, shape, crop, device, labels=False)  # (Z,C,H,W)
-                nib.save(like(file, p.transpose(3, 2, 0, 1), np.dtype(np.float32)), paths[2])
-            for path, name in zip(paths, outputs):
-                os.replace(path, out.with_name(name))
+            written = Path(folder, out.name.lower())  # nibabel has no .Nii.gz
+            drawn = Path(folder, "drawn.png")
+            nib.save(like(file, voxels, kind), written)
+            draw(drawn, data.scale(series[0], saved["window"]), found[0], names, dy / dx)
+            os.replace(written, out)
+            os.replace(drawn, picture)
     except OSError as error:
         reason = error.strerror or error
         raise BadInput(f"{out}: cannot be written ({reason}); make room or change --out") from None
@@ -239,7 +235,7 @@ def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
         remedy = "convert others, or give the folder that does"
         raise BadInput(f"--scan {scan}: holds no .nii or .nii.gz file; {remedy}")
     others = [f for f in files if f not in scans]
-    if out.resolve().is_relative_to(scan.resolve()):  # results of before are no news
+    if out.resolve().is_relative_to(scan.resolve()):  # earlier results need no mention
         others = [f for f in others if not f.resolve().is_relative_to(out.resolve())]
     leave([f for f in others if NIFTI.search(f.name)], "in a subfolder")
     leave([f for f in others if not NIFTI.search(f.name)], "no NIfTI")
@@ -259,8 +255,7 @@ def predict_all(args: argparse.Namespace) -> None:
         try:
             result = "already exists; not overwriting"
             if not (several and out.exists()):
-                result = predict_file(model, saved, scan, out, device, args.keep_largest,
-                                      args.probabilities)
+                result = predict_file(model, saved, scan, out, device, args.keep_largest)
             print(f"{i} of {len(pairs)}: {out}: {result}", flush=True)
         except BadInput as error:
             print(f"extras.predict: {error}", file=sys.stderr, flush=True)
@@ -276,7 +271,6 @@ def main() -> None:
     parser.add_argument("--tta", action="store_true", help="test-time augmentation: nine views")
     parser.add_argument("--keep-largest", action="store_true", help="of each class one component")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    parser.add_argument("--probabilities", action="store_true", help="also write NAME_prob.nii.gz")
     args = parser.parse_args()
     evaluate.command("extras.predict", partial(predict_all, args), "allow it, or change --out")
 

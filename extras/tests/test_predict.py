@@ -208,19 +208,28 @@ def test_a_class_of_any_name_can_be_drawn(tmp_path, name):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-# -- Ensembles, probabilities, test-time augmentation, largest component
+# -- Ensembles, test-time augmentation, largest component
 
 
-def test_several_runs_segment_with_the_mean_of_their_probabilities(runs, tmp_path, monkeypatch):
-    save_scan(tmp_path / "a.nii")
-    p = []
-    for name, chosen in {"x": runs[:1], "y": runs[1:], "both": runs}.items():
-        flags = ["--scan", tmp_path / "a.nii", "--out", tmp_path / f"{name}.nii", "--probabilities"]
-        monkeypatch.setattr(sys, "argv", ["predict", *map(str, [*chosen, *flags])])
-        with pytest.raises(SystemExit, match="0"):
-            predict.main()
-        p.append(nib.load(tmp_path / f"{name}_prob.nii.gz").get_fdata())
-    assert not np.allclose(p[0], p[1]) and np.allclose(p[2], (p[0] + p[1]) / 2, atol=1e-6)
+def test_several_runs_segment_with_the_mean_of_their_probabilities(runs):
+    models, _ = predict.load_runs(runs, CPU)
+    x = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first, second = (model(x).softmax(1) for model in models)
+        both = predict.mean_of(models)(x).softmax(1)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(both, (first + second) / 2)
+
+
+def test_a_folder_of_scans_is_segmented_by_the_mean_of_all_runs_named(runs, tmp_path, monkeypatch):
+    save_scan(tmp_path / "in" / "a.nii")
+    used = []
+    monkeypatch.setattr(predict, "mean_of", lambda models: used.append(models) or by_brightness)
+    flags = ["--scan", tmp_path / "in", "--out", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, [*runs, *flags])])
+    with pytest.raises(SystemExit, match="0"):
+        predict.main()
+    assert len(used[0]) == 2 and (tmp_path / "out" / "a.nii").exists()
 
 
 @pytest.mark.parametrize("key, value", [("labels", ["x"]), ("window", [0, 9]), ("eval_crop", 96)])
@@ -229,22 +238,6 @@ def test_runs_that_see_a_scan_differently_have_no_mean(runs, tmp_path, key, valu
     torch.save(saved | {key: value}, tmp_path / "best.pt")
     with pytest.raises(BadInput, match=rf"{tmp_path}: its {key} is .* in {runs[0]}; give"):
         predict.load_runs([runs[0], tmp_path], CPU)
-
-
-def test_the_largest_probability_is_that_of_the_label(tmp_path):
-    save_scan(tmp_path / "a.nii")
-    segment(tmp_path / "a.nii", tmp_path / "seg.nii", with_probabilities=True)
-    found = nib.load(tmp_path / "seg_prob.nii.gz")
-    p = np.asarray(found.dataobj)  # (x,y,z,C)
-    assert found.get_data_dtype() == np.float32 and np.allclose(p.sum(-1), 1, atol=1e-5)
-    assert np.array_equal(p.argmax(-1), TRUTH)
-    assert np.array_equal(found.affine, nib.load(tmp_path / "a.nii").affine)
-
-
-def test_probabilities_of_a_series_are_refused(tmp_path, call):
-    save_scan(tmp_path / "in" / "a.nii", np.stack([TRUTH, TRUTH], -1))
-    status, _, err = call("--scan", tmp_path / "in", "--out", tmp_path / "out", "--probabilities")
-    assert status == 2 and err.count("\n") == 1 and "--probabilities" in err
 
 
 def test_rotate_zoom_rotates_and_scales_about_the_center():
