@@ -1,7 +1,7 @@
-"""What is looked at before hours are spent on it, and whether data that moved are still the same.
+"""Checks before hours are spent: can the run end, and are the data those that it began with?
 
-`train.py` and `evaluate.py` call this where the folder extras is there; it has no command line.
-What ends a training is tried before it: reading every validation mask, the pictures, the table.
+`data.py`, `train.py` and `evaluate.py` call this where the folder extras is there; it has no
+command line. What can end a training is tried before it: validation masks, pictures, table.
 """
 
 import io
@@ -52,8 +52,6 @@ def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, de
         began = json.loads((run / "config.json").read_bytes())
         for part in ("train", "val"):
             same_volumes(began, dataset, part)
-        if s["resume"] and (run / "last.pt").exists():
-            same_settings(run, began["settings"])
         warn(dataset, s["labeled"], s["root"])
         with tempfile.TemporaryDirectory(dir=run, prefix=".rehearsal-") as folder:
             rehearse(Path(folder), teacher, dataset, saved | {"step": 0}, device)
@@ -63,15 +61,6 @@ def before_training(run: Path, teacher: VQSeg, dataset: Dataset, saved: dict, de
                 (run / "config.json").unlink()
                 run.rmdir()
         raise
-
-
-def same_settings(run: Path, settings: dict) -> None:
-    """Raises where the record of a run was changed after it began."""
-    last = torch.load(run / "last.pt", map_location="cpu", weights_only=True, mmap=True)
-    for name, value in last["settings"].items():
-        if settings[name] != value and name not in ("resume", "root", "device", "fm_weights"):
-            differ = f"{name} is {settings[name]}, but {value} in last.pt"
-            raise BadInput(f"{run}/config.json: {differ}; correct it, or begin another run")
 
 
 def before_scoring(saved: dict, dataset: Dataset, part: str, table: Path) -> None:
@@ -92,7 +81,7 @@ def writable(path: Path, remedy: str) -> None:
 def rehearse(folder: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device: torch.device):
     """The table and the pictures that end a training, of one volume and an untrained teacher.
 
-    They say nothing, so folder is hidden and will be removed.
+    Their numbers mean nothing: `folder` is hidden, and is removed afterwards.
     """
     for case in dataset.part("val"):
         read_mask(case, len(dataset.labels))
