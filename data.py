@@ -156,7 +156,7 @@ def read_nifti(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
         if voxels.ndim != 3 or 0 in voxels.shape:
             raise ValueError(f"shape {voxels.shape} is not (x, y, z)")
         if voxels.dtype.kind not in "iufb" or not np.isfinite(voxels).all():
-            raise ValueError("voxels are no finite numbers")
+            raise ValueError("voxels are not finite numbers")
     except Exception as error:  # a damaged file can fail in any way
         raise BadInput(f"{path}: unreadable ({error!r}); allow it, or copy it again") from None
     return voxels.T, tuple(float(s) for s in file.header.get_zooms()[::-1])

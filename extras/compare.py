@@ -9,8 +9,8 @@ Runs that differ in nothing but the seed are a row of the table. A pair is two r
 seed; the test, two-tailed, is on their validation Dice. The paper does not say what a pair is, and
 does not correct for making many tests; beside p stands Holm's correction over the rows or pairs.
 
-Of a run only config.json, log.jsonl and val.csv are read. `--records` writes what the table needs
-into one CSV, which is taken in place of the runs.
+Of a run config.json, log.jsonl and val.csv are read, and val-eps1.0.csv where `evaluate.py RUN
+--eps 1` wrote it. `--records` writes what the table needs into one CSV, in place of the runs.
 """
 
 import argparse
@@ -231,8 +231,6 @@ def run_command(args: argparse.Namespace) -> None:
     for path in (args.figure, args.gain):
         if path and path.suffix not in (".png", ".pdf", ".svg"):
             raise BadInput(f"{path}: a figure must end in .png, .pdf or .svg")
-    if args.records and args.records.exists():
-        raise BadInput(f"--records {args.records}: already exists; not overwriting; rename it")
     records = read_all(args.runs)
     tests = []
     for names in args.pairs:

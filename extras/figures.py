@@ -212,15 +212,13 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
 
 
 @torch.no_grad()
-def codeword_counts(model: VQSeg, dataset: Dataset) -> Tensor:
-    """How often each codeword occurs in the evaluation crops of the training slices: (K,) int64."""
-    K = len(model.quantizer.table)
-    counts = torch.zeros(K, dtype=torch.long)
+def codewords_in_use(model: VQSeg, dataset: Dataset) -> Tensor:
+    """Which codewords occur in the evaluation crops of the training slices: (K,) bool."""
+    used = torch.zeros(len(model.quantizer.table), dtype=torch.bool)
     for rows in dataset.rows(dataset.part("train")).split(16):
         x = data.crop_center(dataset.images[rows].float(), dataset.eval_crop)[:, None]
-        indices = model.quantizer(model.encoder(x).z).indices
-        counts += torch.bincount(indices.flatten(), minlength=K)
-    return counts
+        used[model.quantizer(model.encoder(x).z).indices] = True
+    return used
 
 
 def draw_codebook(path: Path, models: dict[str, VQSeg], dataset: Dataset) -> None:
@@ -231,7 +229,7 @@ def draw_codebook(path: Path, models: dict[str, VQSeg], dataset: Dataset) -> Non
     directions = torch.linalg.svd(last - last.mean(0), full_matrices=False).Vh[:2]  # (2,D)
     for axis, (title, model) in zip(axes, models.items()):
         x, y = directions @ model.quantizer.codebook.detach().T
-        active = codeword_counts(model, dataset) > 0
+        active = codewords_in_use(model, dataset)
         share = active.double().mean()
         axis.scatter(x[active], y[active], s=8, color="#0072B2", label="in use")
         axis.scatter(x[~active], y[~active], s=12, color="#D55E00", marker="x", label="not in use")
@@ -271,7 +269,7 @@ def main() -> None:
 def draw_all(args: argparse.Namespace) -> None:
     model, saved = evaluate.load_run(args.run, torch.device("cpu"))
     s = saved["settings"]
-    if s["supervised"] or not s["codebook_size"]:
+    if s["supervised"] or s["codebook_size"] < 2:
         raise BadInput(f"{args.run}: has no codebook; give a run that has one")
     dataset = data.load(s["data"], args.root or s["root"])
     for part in ("train", "val"):
@@ -279,6 +277,8 @@ def draw_all(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(s["seed"])
     untrained = VQSeg(**saved["network"]).eval()
+    if s["encoder"] == "dinov2":
+        untrained.encoder.load_pretrained(s["fm_weights"])
     draw_model(args.out / "model.png", model, dataset, s["temperature"])
     draw_qpm(args.out / "qpm.png", model.quantizer.codebook.detach())
     draw_codebook(args.out / "vq.png", {"before": untrained, "after": model}, dataset)

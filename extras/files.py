@@ -1,4 +1,4 @@
-"""Opens a volume of any form: NIfTI, HDF5, one PNG or npy a slice. Voxels are read when asked for.
+"""Opens a volume: NIfTI, HDF5, or one PNG or npy file a slice. Voxels are read when asked for.
 
 What is wrong with a file is one line: the file, the fault, the remedy. `prepare.py` and
 `predict.py` read all their scans by this module.
@@ -51,7 +51,7 @@ def voxels(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
     except Exception as error:  # a damaged file can make a library fail in any way
         raise BadInput(f"{path}: {fault(path, error)}") from None
     if found.dtype.kind not in "iufb" or not np.isfinite(found).all():
-        raise BadInput(f"{path}: holds voxels that are no finite numbers; replace them")
+        raise BadInput(f"{path}: holds voxels that are not finite numbers; replace them")
     return found
 
 
@@ -119,7 +119,7 @@ def load_nifti(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
         if not np.isfinite(image.affine).all():
             raise ValueError
         sform = image.header.get_sform(coded=True)[0]
-        image.header.get_qform(coded=True)  # fails for a quaternion that is none
+        image.header.get_qform(coded=True)  # fails where the quaternion is not valid
     except Exception:  # a damaged file can make a library fail in any way
         raise BadInput(f"{path}: {what_it_is(path)}") from None
     unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # meters, micrometers

@@ -181,7 +181,7 @@ def test_records_give_the_table_and_the_pairs_again_without_the_runs(runs, tmp_p
 def test_records_are_not_overwritten(runs, tmp_path, call):
     (tmp_path / "mine.csv").write_text("precious")
     status, _, err = call(*runs, "--records", tmp_path / "mine.csv")
-    assert status == 2 and "already exists; not overwriting" in err
+    assert status == 2 and "File exists" in err and "name another file" in err
     assert (tmp_path / "mine.csv").read_text() == "precious"
 
 
