@@ -45,11 +45,13 @@ def nnunet_classes(file: Path) -> list[tuple[str, int]]:
         pairs = list(labels.items())
         if "background" not in labels:  # nnU-Net's first version: number -> name
             pairs = [(name, number) for number, name in pairs]
-        return sorted([(str(name), int(str(number))) for name, number in pairs],
-                      key=lambda pair: pair[1])
+        numbered = [(str(name), int(str(number))) for name, number in pairs]
     except Exception:  # a damaged file can fail in any way
         remedy = "allow it to be read, correct it, or give --classes"
         raise BadInput(f"{file}: has no labels as nnU-Net writes them; {remedy}") from None
+    if "ignore" in dict(numbered):
+        raise BadInput(f"{file}: pixels to ignore cannot be left out; change them, or --classes")
+    return sorted(numbered, key=lambda pair: pair[1])
 
 
 def mask_values(sources: list[Source]) -> str:

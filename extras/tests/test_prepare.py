@@ -482,15 +482,19 @@ def test_flags_out_of_range_are_refused(pairs, capsys, flags, said):
     assert said in refusal(pairs, capsys, *flags)
 
 
-@pytest.mark.parametrize("content", [
-    b"{", b"[" * 100_000, b"{}", b'{"labels": null}', b'{"labels": ["a", "b"]}',
-    b'{"labels": {"background": 0, "all": [1, 2]}}', '{"labels": {}}'.encode("utf-16")])
-def test_a_dataset_json_that_nnunet_did_not_write_is_refused(pairs, capsys, content):
+IGNORED = b'{"labels": {"background": 0, "muscle": 1, "ignore": 2}}'
+
+
+@pytest.mark.parametrize("content, said", [
+    *((content, "has no labels as nnU-Net writes them; allow it to be read") for content in (
+        b"{", b"[" * 100_000, b"{}", b'{"labels": null}', b'{"labels": ["a", "b"]}',
+        b'{"labels": {"background": 0, "all": [1, 2]}}', '{"labels": {}}'.encode("utf-16"))),
+    (IGNORED, "pixels to ignore cannot be left out; change them, or --classes")])
+def test_a_dataset_json_that_cannot_be_followed_is_refused(pairs, capsys, content, said):
     (pairs / "images").rename(pairs / "imagesTr")
     (pairs / "labels").rename(pairs / "labelsTr")
     (pairs / "dataset.json").write_bytes(content)
-    said = refusal(pairs, capsys, "--classes", "")
-    assert "dataset.json: has no labels as nnU-Net writes them; allow it to be read" in said
+    assert f"dataset.json: {said}" in refusal(pairs, capsys, "--classes", "")
 
 
 GOOD_SPLIT = "p0 train\np1 train\np2 val\np3 test\np4 train\np5 val\n"
