@@ -79,10 +79,9 @@ def test_each_frame_lands_in_its_rows_slices_first_and_transposed(acdc):
     assert torch.equal(dataset.masks[rows], data.to_grid(torch.from_numpy(mask.T.copy())))
 
 
-@pytest.mark.parametrize("ending", ["NII.GZ", "Nii.gz"])
-def test_the_case_of_an_ending_does_not_matter(acdc, ending):
+def test_the_case_of_an_ending_does_not_matter(acdc):
     for file in sorted(acdc.rglob("patient001*.nii.gz")):
-        file.rename(file.with_name(file.name.replace("nii.gz", ending)))
+        file.rename(file.with_name(file.name.replace("nii.gz", "Nii.GZ")))
     assert len(load(acdc).cases) == 6
 
 
@@ -121,7 +120,7 @@ WRONG = {  # what follows the name of patient001's first frame -> what is put th
     "shape": ("_gt.nii.gz", volume(1)[1].transpose(1, 0, 2),
               r"frame01_gt.nii.gz: has shape \(16, 24, 3\), its image \(24, 16, 3\)"),
     "not finite": (".nii.gz", np.full((24, 16, 3), np.nan, np.float32),
-                   r"frame01.nii.gz: unreadable \(.*voxels are no finite.*or copy it again"),
+                   r"frame01.nii.gz: unreadable \(.*voxels are not finite.*or copy it again"),
     "4-D": (".nii.gz", np.zeros((24, 16, 3, 2), np.int16),
             r"shape \(24, 16, 3, 2\) is not \(x, y, z\)'\)\); allow it, or copy it"),
     # The checksum of what is compressed, at which nibabel does not look.
@@ -226,11 +225,18 @@ def test_a_mask_comes_back_from_the_grid():
     assert 2 * (back * mask).sum() / (back.sum() + mask.sum()) > 0.97
 
 
-def test_outside_the_crop_all_is_background():
+def test_the_grid_keeps_each_place_and_averages_where_it_shrinks():
+    mask = torch.zeros(1, 720, 720, dtype=torch.uint8)
+    mask[:, 1::3, 1::3] = 1  # the center of each pixel of the grid
+    assert data.to_grid(mask).all() and data.to_grid(mask.float()).max() < 0.5
+
+
+def test_outside_the_crop_all_is_background_and_probabilities_are_interpolated():
     foreground = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1).expand(1, 2, 160, 160)
-    p = data.to_native(foreground, (240, 240))
-    assert p[0, 0, :39].min() == 1 and p[0, 1, :39].max() == 0
-    assert p[0, 1, 41:199, 41:199].min() == 1
+    p = data.to_native(foreground, (480, 480))[0]
+    assert torch.allclose(p.sum(0), torch.ones(480, 480))
+    assert p[1, 240, 78:82].tolist() == p[1, 78:82, 240].tolist() == [0, 0.25, 0.75, 1]
+    assert p[1, 81:399, 81:399].min() == 1 and p[0, :79].min() == 1
 
 
 # -- Batches and views
@@ -292,19 +298,13 @@ def test_weak_view_zooms_by_0_8_to_1_3():
     assert 0.79 < scale.min() < 0.85 and 1.25 < scale.max() < 1.32
 
 
-def test_strong_view_keeps_the_geometry_and_the_range():
-    x, y = data.weak_view(*blobs(), seeded())
-    strong = data.strong_view(0.2 + 0.5 * x, seeded())
-    assert 0 <= strong.min() and strong.max() <= 1
-    for image, mask in zip(strong[:, 0], y.bool()):
-        bright = image > (image[mask].mean() + image[~mask].mean()) / 2
-        assert (bright != mask).double().mean() < 0.05
-
-
-def test_strong_view_differs_between_slices_and_repeats_with_the_seed():
-    x = blobs()[0][:, :, :64, :64] + 0.3
+def test_strong_view_draws_each_strength_for_each_slice_and_repeats_with_the_seed(monkeypatch):
+    draw, drawn = data.uniform, []
+    monkeypatch.setattr(data, "uniform", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    x = torch.rand(4, 1, 64, 64, generator=seeded())
     strong = data.strong_view(x, seeded())
-    assert not torch.allclose(strong[0], strong[1])
+    assert 0 <= strong.min() and strong.max() <= 1
+    assert all(len(strengths.unique()) == 4 for strengths in drawn)
     assert torch.equal(strong, data.strong_view(x, seeded()))
 
 
@@ -334,8 +334,8 @@ def test_contrast_of_a_strong_view_keeps_the_mean(monkeypatch):
 def test_noise_of_a_strong_view_has_the_strength_that_was_drawn(monkeypatch):
     strengths = iter([0.0, 0.0, 0.0, 0.1, 1.0, 0.05])
     monkeypatch.setattr(data, "uniform", lambda *args: torch.full(args[2], next(strengths)))
-    strong = data.strong_view(torch.full((1, 1, 100, 100), 0.5), seeded())
-    assert strong.std().item() == pytest.approx(0.05, rel=0.05)
+    strong = data.strong_view(torch.full((2, 1, 100, 100), 0.5), seeded())
+    assert strong.std().item() == pytest.approx(0.05, rel=0.05) and not torch.equal(*strong)
 
 
 # -- Phantoms

@@ -114,8 +114,11 @@ def test_a_grid_of_37_x_37_patches_has_the_positions_as_they_are(vit):
     assert torch.equal(vit.positions(37, 37), vit.pos_embed)
 
 
-def test_gray_slices_are_resized_to_the_nearest_multiples_of_14(vit):
-    assert vit(torch.rand(2, 1, 128, 160)).shape == (2, 384, 9, 11)
+@torch.no_grad()
+def test_features_of_gray_slices_are_the_last_blocks_at_the_nearest_multiples_of_14(vit):
+    x = torch.rand(2, 1, 128, 160)
+    colors = dinov2.imagenet_colors(dinov2.to_patches(x))
+    assert colors.shape == (2, 3, 126, 154) and torch.equal(vit(x), vit.taps(colors, (11,))[0])
 
 
 def test_gray_slices_become_colors_normalized_as_imagenet():

@@ -279,6 +279,15 @@ def test_eps_1_replaces_every_token_at_test_time(runs):
         predict.extended(model, saved, flags | {"eps": 2})
 
 
+def test_the_flags_of_evaluate_add_augmentation_and_post_processing(runs):
+    model, saved = evaluate.load_run(runs[0], CPU)
+    flags = {"eps": 0.0, "tta": True, "keep_largest": True}
+    network, post_process, names = predict.extended(model, saved, flags)
+    x = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(network(x), predict.with_tta(model.predict)(x))
+    assert post_process is predict.keep_largest and names == ["tta", "keep-largest"]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_largest_component_equals_scipys(seed):
     ndimage = pytest.importorskip("scipy.ndimage")
