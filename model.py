@@ -34,7 +34,7 @@ NETWORKS = {"conv16": (16, True), "conv8": (8, True), "conv4": (4, True), "conv4
 
 class Encoded(NamedTuple):
     z: Tensor  # (B,D,h,w) tokens; h = H/stride, with DINOv2 H/14
-    skips: list[Tensor]  # (B,c,H/2,W/2), (B,2c,H/4,W/4), ... to twice h; of DINOv2 all as z
+    skips: list[Tensor]  # (B,c,H/2,W/2), (B,2c,H/4,W/4), ... to twice h; DINOv2: 3 like z
 
 class Decoded(NamedTuple):
     y_hat: Tensor  # (B,C,H,W) logits of D_s
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList(conv_block(i, o) for i, o in zip([4] + channels, channels))
         self.skips = skips
-        self.shallower = n = stride.bit_length() - 2  # log2(stride) - 1 levels: 3, 2 or 1
+        self.shallower = n = stride.bit_length() - 2  # levels above the tokens: log2(stride) - 1
         self.upward = Upward(channels[n:][::-1])
         self.to_tokens = nn.Conv2d(channels[n], dim, 1, bias=False)  # unit_tokens removes a bias
 

@@ -97,8 +97,9 @@ def shuffle(indices: Tensor, eps: float, generator: Generator = None) -> Tensor:
     B, h, w = indices.shape
     flat = indices.reshape(B, h * w)
     order = torch.rand(B, h * w, generator=generator, device=indices.device).argsort(1)
-    chosen = order[:, : round(eps * h * w)]  # (B,n): their indices, in this order, go to
-    moved = flat.scatter(1, chosen.sort(1).values, flat.gather(1, chosen))  # the sorted places
+    chosen = order[:, : round(eps * h * w)]  # (B,n) distinct positions in random order
+    # The k-th chosen index goes to the k-th of the same positions in ascending order.
+    moved = flat.scatter(1, chosen.sort(1).values, flat.gather(1, chosen))
     return moved.reshape(B, h, w)
 
 def dropout(codes: Tensor, p: float, generator: Generator = None) -> Tensor:

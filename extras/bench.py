@@ -43,7 +43,6 @@ class Table:
         self.peak = float("nan")  # operations a second of a bare matrix product
         self.card = f"CPU, {torch.get_num_threads()} threads"
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # the timer waits for this one, and memory is of this one
             self.card = torch.cuda.get_device_name(device)
         print(f"{self.card}, PyTorch {torch.__version__}", flush=True)
         if path and not path.exists():

@@ -41,13 +41,15 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
     masked = [p for p in patients if any(s.masks for s in sources if s.patient == p)]
     split = {part: list(dict.fromkeys(s.patient for s in sources if s.part == part))
              for part in ("train", "val", "test")}
+    place = root  # named where a patient is twice in the split
     if how == "acdc":
         names = {part: [f"patient{n}" for n in data.ACDC_SPLIT[part]] for part in split}
         split = {part: [p for p in names[part] if p in patients] for part in split}
     elif split["train"] + split["val"]:
         leave([file for file in [root / "split.txt"] if file.exists()], "the folders are the split")
     elif os.path.lexists(root / "split.txt"):
-        split = read_split(root / "split.txt", patients)
+        place = root / "split.txt"
+        split = read_split(place, patients)
     else:
         test = split["test"]
         pool = sorted(set(masked) - set(test))
@@ -62,7 +64,7 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
         split[part] = [p for p in split[part] if p in masked]
     for patient, times in Counter(sum(split.values(), [])).items():
         if times > 1:
-            raise BadInput(f"{root}: {patient} is twice in train, val and test; leave it in once")
+            raise BadInput(f"{place}: {patient} is twice in train, val and test; leave it in once")
     if not set(split["train"]) & set(masked) or not split["val"]:
         remedy = "add masks, or change the split or --patient"
         raise BadInput(f"{root}: train and val need a patient with a mask each; {remedy}")
@@ -161,10 +163,10 @@ def prepare(args: argparse.Namespace) -> None:
     split = make_split(args.source, sources, args.split, args.seed)
     labels = class_names(args.source, args.classes, args.split, sources)
     scored = {*split["val"], *split["test"]}
-    used = [s for s in sources if s.patient in split["train"] or s.masks and s.patient in scored]
+    used = {s for s in sources if s.patient in split["train"] or (s.masks and s.patient in scored)}
     others = [source.images[0] for source in sources if source not in used]
     leave(others, "not in the split, or without a mask in val or test")
-    sources = used
+    sources = [source for source in sources if source in used]
     if args.window and not 0 < args.window[1] - args.window[0] < math.inf:
         raise BadInput(f"--window {args.window}: the second number must be the larger")
     crop = args.eval_crop or (data.EVAL_CROP if args.split == "acdc" else data.GRID)

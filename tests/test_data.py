@@ -298,6 +298,14 @@ def test_weak_view_zooms_by_0_8_to_1_3():
     assert 0.79 < scale.min() < 0.85 and 1.25 < scale.max() < 1.32
 
 
+def test_strong_view_keeps_the_geometry():
+    x, y = data.weak_view(*blobs(), seeded())
+    strong = data.strong_view(0.2 + 0.5 * x, seeded())
+    for image, mask in zip(strong[:, 0], y.bool()):
+        bright = image > (image[mask].mean() + image[~mask].mean()) / 2
+        assert (bright != mask).double().mean() < 0.05
+
+
 def test_strong_view_draws_each_strength_for_each_slice_and_repeats_with_the_seed(monkeypatch):
     draw, drawn = data.uniform, []
     monkeypatch.setattr(data, "uniform", lambda *given: drawn.append(draw(*given)) or drawn[-1])

@@ -56,7 +56,7 @@ def test_codebook_loss_has_beta_on_the_tokens_side():
     assert torch.allclose(z.grad, 0.25 * 2 * (z - codes).detach() / 4)
 
 
-def test_usage_loss_of_sure_tokens_is_minus_log_k_if_each_has_another_codeword_and_0_if_none():
+def test_usage_loss_of_sure_tokens_is_minus_log_k_on_all_codewords_and_0_on_one():
     codebook = torch.eye(4)
     assert vq.usage_loss(codebook, codebook, 0.01).item() == pytest.approx(-math.log(4), abs=1e-4)
     assert vq.usage_loss(codebook[:1], codebook, 0.01).item() == pytest.approx(0, abs=1e-4)

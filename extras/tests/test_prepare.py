@@ -507,7 +507,7 @@ GOOD_SPLIT = "p0 train\np1 train\np2 val\np3 test\np4 train\np5 val\n"
     (b"p0 train\n", "does not name p1 p2 p3 p4 p5; add a line for each"),
     (GOOD_SPLIT.replace(" ", ",").encode(), "is not a patient of this set"),
     (GOOD_SPLIT.encode() + b"p9 train\n", "'p9 train' is not a patient"),
-    (GOOD_SPLIT.encode() + b"p0 test\n", "p0 is twice in train, val"),
+    (GOOD_SPLIT.encode() + b"p0 test\n", "split.txt: p0 is twice in train, val"),
     (GOOD_SPLIT.replace("val", "test").encode(), "train and val need a patient with a mask each")])
 def test_a_split_txt_that_cannot_be_followed_is_refused(pairs, capsys, content, said):
     (pairs / "split.txt").write_bytes(content)
