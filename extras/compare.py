@@ -1,13 +1,16 @@
 """One table over runs, and the paired t-test of Appendix D.
 
     python -m extras.compare RUN_OR_CSV ... [--records FILE]
-    python -m extras.compare RUN_OR_CSV ... --pairs "qpm default,base none"
+    python -m extras.compare RUN_OR_CSV ... --pairs "qpm default,base none" [--last]
     python -m extras.compare RUN_OR_CSV ... --sweep eps --figure FILE
     python -m extras.compare RUN_OR_CSV ... --gain FILE
+    python -m extras.compare RUN_OR_CSV ... --curves FILE "qpm none"
 
 Runs that differ in nothing but the seed are a row of the table. A pair is two runs of the same
 seed; the test, two-tailed, is on their validation Dice. The paper does not say what a pair is, and
 does not correct for making many tests; beside p stands Holm's correction over the rows or pairs.
+A run's Dice is that of its best validation, which is a choice on the volumes that it is measured
+on; with `--last` it is that of the last one, where nothing is chosen.
 
 Of a run config.json, log.jsonl and val.csv are read, and val-eps1.0.csv where `evaluate.py RUN
 --eps 1` wrote it. `--records` writes what the table needs into one CSV, in place of the runs.
@@ -51,6 +54,21 @@ class Record(NamedTuple):
     val_log: str  # JSON, the validations: [{"step": ..., "val_dice": ...}, ...]
     unit: str = "voxels"  # of hd95 and asd
     exchanged: float = math.nan  # Dice after `evaluate.py RUN --eps 1`, every token replaced
+
+    @property
+    def curve(self) -> dict[int, float]:
+        """Validation Dice by step."""
+        return {line["step"]: line["val_dice"] for line in json.loads(self.val_log)}
+
+    @property
+    def last(self) -> float:
+        """Dice at the last step."""
+        return list(self.curve.values())[-1]
+
+    @property
+    def name(self) -> str:
+        """Of a run called NAME-SEED."""
+        return self.run.rpartition("-")[0]
 
 
 def read_run(run: Path) -> Record:
@@ -149,12 +167,12 @@ def holm(p_values: list[float]) -> list[float]:
     return p.tolist()
 
 
-def paired(records: list[Record], more: list[str], less: list[str]) -> tuple:
+def paired(records: list[Record], more: list[str], less: list[str], last: bool = False) -> tuple:
     """Mean and std of the difference in Dice, p, and the number of pairs.
 
     A pair is the run more[i]-SEED and the run less[i]-SEED, for each i and each seed of both.
     """
-    dice = {(r.run.rpartition("-")[0], r.seed): r.dice for r in records}
+    dice = {(r.name, r.seed): r.last if last else r.dice for r in records}
     names = f"{' '.join(more)},{' '.join(less)}"
     if len(dice) < len(records):
         raise BadInput(f"--pairs {names}: two runs have the same name and seed; leave one out")
@@ -201,13 +219,13 @@ def table(records: list[Record]) -> list[list[str]]:
             raise BadInput(f"{record.run}: has distances in {record.unit}, but {records[0].run} in "
                            f"{unit}; compare runs that have it in common")
     head = [*groups[0][0], "foundation model", "seeds", "Dice", "Jaccard", f"HD95 ({unit})",
-            f"ASD ({unit})", "codewords in use", "perplexity", "lost when all tokens are replaced",
-            "empty predictions", "p against the first row"]
+            f"ASD ({unit})", "Dice at the last step", "codewords in use", "perplexity",
+            "lost when all tokens are replaced", "empty predictions", "p against the first row"]
     rows = []
     for (differ, seeds), *tests in zip(groups, p_values, holm(p_values)):
         runs = list(seeds.values())
         row = [*map(str, differ.values()), runs[0].fm, " ".join(map(str, sorted(seeds)))]
-        for name in (*METRICS, "utilization"):
+        for name in (*METRICS, "last", "utilization"):
             row.append(mean_std([getattr(run, name) for run in runs]))
         row.append(mean_std([run.perplexity for run in runs], digits=0))
         row.append(mean_std([run.dice - run.exchanged for run in runs]))
@@ -228,14 +246,19 @@ def mean_std(values: list[float], digits: int = 4) -> str:
 def run_command(args: argparse.Namespace) -> None:
     if bool(args.sweep) != bool(args.figure):
         raise BadInput("--sweep and --figure: give both, the setting and where its figure goes")
-    for path in (args.figure, args.gain):
-        if path and path.suffix not in (".png", ".pdf", ".svg"):
+    if args.last and not args.pairs:
+        raise BadInput("--last: is for --pairs; the table has a column for it")
+    curves, *panels = args.curves
+    if curves and not panels:
+        raise BadInput(f"--curves {curves}: name the runs of each panel, such as \"qpm none\"")
+    for path in (args.figure, args.gain, curves):
+        if path and Path(path).suffix not in (".png", ".pdf", ".svg"):
             raise BadInput(f"{path}: a figure must end in .png, .pdf or .svg")
     records = read_all(args.runs)
     tests = []
     for names in args.pairs:
         more, _, less = names.partition(",")
-        tests.append(paired(records, more.split(), less.split()))
+        tests.append(paired(records, more.split(), less.split(), args.last))
     for names, (mean, std, p, n), corrected in zip(args.pairs, tests, holm([t[2] for t in tests])):
         by_holm = f", {corrected:.2g} by Holm" if len(tests) > 1 else ""
         print(f"{names.replace(',', ' - ')}: {mean:+.4f} +- {std:.4f} (n {n}, p {p:.2g}{by_holm})")
@@ -248,6 +271,8 @@ def run_command(args: argparse.Namespace) -> None:
             csv.writer(file).writerows([Record._fields, *records])
     if args.sweep:
         plots.draw_sweep(by_settings(records), args.sweep, args.figure)
+    if curves:
+        plots.draw_curves(records, [names.split() for names in panels], Path(curves))
     if args.gain:
         plots.draw_gain(by_settings(records), args.gain)
 
@@ -259,8 +284,11 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="write a line for each run into this CSV")
     parser.add_argument("--pairs", action="append", default=[], metavar='"A B,C D"',
                         help="no table, but the runs A-SEED and B-SEED against C-SEED and D-SEED")
+    parser.add_argument("--last", action="store_true", help="Dice of --pairs at the last step")
     parser.add_argument("--sweep", metavar="SETTING", help="setting for the x axis of --figure")
     parser.add_argument("--figure", type=Path, help="draw Dice against --sweep into this file")
+    parser.add_argument("--curves", nargs="+", default=[None], metavar=("FILE", '"A B"'),
+                        help="draw Dice against the step, a panel for the runs A-SEED and B-SEED")
     parser.add_argument("--gain", type=Path, metavar="FILE", help="draw the gain by a perturbation "
                         "against how much each network needs its tokens")
     args = parser.parse_args()

@@ -1,4 +1,5 @@
-"""Figures over many runs, for `extras.compare`: Dice against a setting, gain against dependence.
+"""Figures over many runs, for `extras.compare`: Dice against a setting or the step, and gain
+against dependence.
 
 Groups are what `extras.compare.by_settings` returns: for each row of the table the settings in
 which rows differ, and its runs by seed.
@@ -38,6 +39,25 @@ def draw_sweep(groups: list, name: str, path: Path) -> None:
     axis.set(xticks=range(len(places)), xticklabels=[f"{k:g}" for k in places], xlabel=name)
     axis.set_ylabel("validation Dice, mean and std over seeds")
     axis.legend(fontsize=8)
+    write(figure, path, 100)
+
+
+def draw_curves(records: list, panels: list[list[str]], path: Path) -> None:
+    """For each panel the validation Dice by step of its runs NAME-SEED: mean and range."""
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, names in zip(axes, panels):
+        for name in names:
+            curves = [record.curve for record in records if record.name == name]
+            if not curves or any(curve.keys() != curves[0].keys() for curve in curves):
+                raise BadInput(f"--curves {name}: needs runs {name}-SEED that are equally long")
+            dice = np.array([list(curve.values()) for curve in curves])  # (seeds, validations)
+            steps = list(curves[0])
+            axis.plot(steps, dice.mean(0), marker=".", label=name)
+            axis.fill_between(steps, dice.min(0), dice.max(0), alpha=0.2)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("validation Dice, mean and range over seeds")
     write(figure, path, 100)
 
 

@@ -14,7 +14,8 @@ import train
 from data import BadInput
 from extras import compare, plots
 
-RECORD = compare.Record("r", "abc", 1, "none", "{}", 0.5, 0.4, 3.0, 1.0, 2, 6, 0.9, 20.5, 10, "[]")
+LOG = '[{"step": 5, "val_dice": 0.75}, {"step": 10, "val_dice": 0.5}]'
+RECORD = compare.Record("r", "abc", 1, "none", "{}", 0.5, 0.4, 3.0, 1.0, 2, 6, 0.9, 20.5, 10, LOG)
 HEADER = "case,label,dice,jaccard,hd95,asd,empty\n"
 
 
@@ -101,6 +102,15 @@ def test_pairs_share_their_seed_and_their_place_in_the_lists():
     assert p == pytest.approx(compare.t_test(expected, [0, 0, 0]))
 
 
+def test_pairs_at_the_last_step_leave_the_choice_of_the_best_out(runs, call):
+    log = [{"step": 5, "val_dice": 0.2}, {"step": 10, "val_dice": 0.3}]
+    (runs[4] / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    line = call(*runs, "--pairs", "b,a", "--last")[1]
+    assert line.startswith("b - a: -0.1000 +- 0.1414 (n 2")  # seed 1: 0.3 - 0.5, seed 2: 0.5 - 0.5
+    status, _, err = call(*runs, "--last")
+    assert status == 2 and "--last: is for --pairs" in err
+
+
 @pytest.mark.parametrize("more, less, message", [
     ("a b", "a", "as many names"), ("a", "x", "no pair"), ("twin", "a", "the same name and seed")])
 def test_pairs_that_cannot_be_made_are_refused(more, less, message):
@@ -117,11 +127,11 @@ def test_the_table_has_a_row_for_each_setting_and_pairs_by_seed(runs, call):
     head, rule, *rows = [line.strip("| \n").split(" | ") for line in out.splitlines()]
     assert status == 0 and set(rule) == {"---"}
     assert head == ["eps", "temperature", "foundation model", "seeds", "Dice", "Jaccard",
-                    "HD95 (voxels)", "ASD (voxels)", "codewords in use", "perplexity",
-                    "lost when all tokens are replaced", "empty predictions",
+                    "HD95 (voxels)", "ASD (voxels)", "Dice at the last step", "codewords in use",
+                    "perplexity", "lost when all tokens are replaced", "empty predictions",
                     "p against the first row", "p by Holm"]
     rest = ["0.5000 +- 0.0000", "0.5000 +- 0.0000", "1.0000 +- 0.0000", "0.5000 +- 0.0000",
-            "10 +- 0", "-"]
+            "0.5000 +- 0.0000", "10 +- 0", "-"]
     a, b, c = rows
     p = compare.t_test([0.6, 0.75], [0.5, 0.6])
     assert a == ["0.3", "1.0", "none", "1 2 3", "0.6000 +- 0.1000", *rest, "0 of 6", "-", "-"]
@@ -161,7 +171,7 @@ def test_a_record_has_the_best_step_and_the_last_use_of_the_codebook(runs):
     found = compare.read_run(runs[0])
     assert (found.run, found.commit, found.seed, found.scored) == ("a-1", "abc", 1, 2)
     assert (found.utilization, found.perplexity, found.best_step) == (0.5, 9.5, 5)
-    assert found.val_log == '[{"step": 5, "val_dice": 0.75}, {"step": 10, "val_dice": 0.5}]'
+    assert found.val_log == LOG and found.last == 0.5
     learned = {"eps": 0.3, "temperature": 1.0, "processes": 1, "precision": "float32"}
     assert json.loads(found.settings) == learned
 
@@ -230,6 +240,7 @@ def test_the_command_line_draws_a_sweep(runs, tmp_path, call):
 
 @pytest.mark.parametrize("flags, message", [
     ("--sweep eps", "give both"), ("--sweep eps --figure f.abc", "must end in .png"),
+    ("--curves f.abc a", "must end in .png"), ("--curves f.png", "name the runs"),
     ("--sweep lr --figure f.png", "do not differ in it, but in eps"),
     ("--sweep how --figure f.png", "is not a number")])
 def test_a_sweep_that_cannot_be_drawn_is_refused(runs, tmp_path, call, monkeypatch, flags, message):
@@ -237,6 +248,28 @@ def test_a_sweep_that_cannot_be_drawn_is_refused(runs, tmp_path, call, monkeypat
     other = write_run(tmp_path / "d", [0.5], eps=0.1, how="qpm")
     status, _, err = call(*runs, other, *flags.split())
     assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_curves_show_mean_and_range_over_seeds_in_a_panel_each(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axis, *xy, **how: drawn.append((how["label"], *xy)))
+    monkeypatch.setattr(Axes, "fill_between", lambda axis, *xy, **how: drawn.append(xy))
+    monkeypatch.setattr(Axes, "legend", lambda axis, **how: drawn.append("panel"))
+    low = json.dumps([{"step": 5, "val_dice": 0.25}, {"step": 10, "val_dice": 0.1}])
+    runs = [record("a", 1, 0.5), record("b", 1, 0.5), record("a", 2, 0.5)._replace(val_log=low)]
+    plots.draw_curves(runs, [["a"], ["b"]], tmp_path / "c.png")
+    a, band, panel, b, _, _ = drawn
+    assert a == ("a", [5, 10], pytest.approx([0.5, 0.3]))
+    assert b == ("b", [5, 10], pytest.approx([0.75, 0.5]))
+    assert band == ([5, 10], pytest.approx([0.25, 0.1]), pytest.approx([0.75, 0.5]))
+    assert panel == "panel" and (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize("name", ["x", "a"])
+def test_curves_without_runs_or_of_other_lengths_are_refused(tmp_path, name):
+    short = record("a", 2, 0.5)._replace(val_log='[{"step": 5, "val_dice": 0.75}]')
+    with pytest.raises(BadInput, match=f"--curves {name}: needs runs"):
+        plots.draw_curves([record("a", 1, 0.5), short], [[name]], tmp_path / "c.png")
 
 
 # -- Gain against token dependence
