@@ -4,13 +4,13 @@
     python -m extras.compare RUN_OR_CSV ... --pairs "qpm default,base none" [--last]
     python -m extras.compare RUN_OR_CSV ... --sweep eps --figure FILE
     python -m extras.compare RUN_OR_CSV ... --gain FILE
-    python -m extras.compare RUN_OR_CSV ... --curves FILE "qpm none"
+    python -m extras.compare RUN_OR_CSV ... --curves "qpm none" --figure FILE
 
 Runs that differ in nothing but the seed are a row of the table. A pair is two runs of the same
 seed; the test, two-tailed, is on their validation Dice. The paper does not say what a pair is, and
 does not correct for making many tests; beside p stands Holm's correction over the rows or pairs.
-A run's Dice is that of its best validation, which is a choice on the volumes that it is measured
-on; with `--last` it is that of the last one, where nothing is chosen.
+A run's Dice is that of its best validation: chosen on the volumes that it is measured on. `--last`
+takes the last validation, where nothing is chosen.
 
 Of a run config.json, log.jsonl and val.csv are read, and val-eps1.0.csv where `evaluate.py RUN
 --eps 1` wrote it. `--records` writes what the table needs into one CSV, in place of the runs.
@@ -67,7 +67,7 @@ class Record(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of a run called NAME-SEED."""
+        """NAME of a run called NAME-SEED."""
         return self.run.rpartition("-")[0]
 
 
@@ -111,7 +111,8 @@ def read_records(path: Path) -> list[Record]:
     with open(path, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             record = Record(**{name: kinds[name](value) for name, value in line.items()})
-            json.loads(record.settings)  # raises where it is damaged
+            json.loads(record.settings)  # raises where it is damaged, as the next line does
+            record.last
             records.append(record)
     if not records:
         raise ValueError("no lines")
@@ -128,7 +129,7 @@ def read_all(paths: list[Path]) -> list[Record]:
                 lines |= {str(record): record for record in read_records(path)}
             else:
                 runs.append(read_run(path))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             kinds = "neither a finished run of train.py nor a CSV of --records"
             raise BadInput(f"{path}: {kinds} ({error!r}); finish it or leave it out") from None
     return [*lines.values(), *runs]
@@ -244,15 +245,12 @@ def mean_std(values: list[float], digits: int = 4) -> str:
 
 
 def run_command(args: argparse.Namespace) -> None:
-    if bool(args.sweep) != bool(args.figure):
-        raise BadInput("--sweep and --figure: give both, the setting and where its figure goes")
+    if bool(args.sweep) + bool(args.curves) != bool(args.figure):
+        raise BadInput("--figure, and --sweep or --curves: give the file and what it shows")
     if args.last and not args.pairs:
         raise BadInput("--last: is for --pairs; the table has a column for it")
-    curves, *panels = args.curves
-    if curves and not panels:
-        raise BadInput(f"--curves {curves}: name the runs of each panel, such as \"qpm none\"")
-    for path in (args.figure, args.gain, curves):
-        if path and Path(path).suffix not in (".png", ".pdf", ".svg"):
+    for path in (args.figure, args.gain):
+        if path and path.suffix not in (".png", ".pdf", ".svg"):
             raise BadInput(f"{path}: a figure must end in .png, .pdf or .svg")
     records = read_all(args.runs)
     tests = []
@@ -261,6 +259,7 @@ def run_command(args: argparse.Namespace) -> None:
         tests.append(paired(records, more.split(), less.split(), args.last))
     for names, (mean, std, p, n), corrected in zip(args.pairs, tests, holm([t[2] for t in tests])):
         by_holm = f", {corrected:.2g} by Holm" if len(tests) > 1 else ""
+        by_holm += ", last step" if args.last else ""
         print(f"{names.replace(',', ' - ')}: {mean:+.4f} +- {std:.4f} (n {n}, p {p:.2g}{by_holm})")
     if not args.pairs:
         head, *rows = table(records)
@@ -271,8 +270,8 @@ def run_command(args: argparse.Namespace) -> None:
             csv.writer(file).writerows([Record._fields, *records])
     if args.sweep:
         plots.draw_sweep(by_settings(records), args.sweep, args.figure)
-    if curves:
-        plots.draw_curves(records, [names.split() for names in panels], Path(curves))
+    if args.curves:
+        plots.draw_curves(records, [names.split() for names in args.curves], args.figure)
     if args.gain:
         plots.draw_gain(by_settings(records), args.gain)
 
@@ -284,11 +283,11 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="write a line for each run into this CSV")
     parser.add_argument("--pairs", action="append", default=[], metavar='"A B,C D"',
                         help="no table, but the runs A-SEED and B-SEED against C-SEED and D-SEED")
-    parser.add_argument("--last", action="store_true", help="Dice of --pairs at the last step")
+    parser.add_argument("--last", action="store_true", help="with --pairs: Dice at the last step")
     parser.add_argument("--sweep", metavar="SETTING", help="setting for the x axis of --figure")
-    parser.add_argument("--figure", type=Path, help="draw Dice against --sweep into this file")
-    parser.add_argument("--curves", nargs="+", default=[None], metavar=("FILE", '"A B"'),
-                        help="draw Dice against the step, a panel for the runs A-SEED and B-SEED")
+    parser.add_argument("--curves", action="append", default=[], metavar='"A B"',
+                        help="a panel of --figure: Dice by step of the runs A-SEED and B-SEED")
+    parser.add_argument("--figure", type=Path, help="draw --sweep or --curves into this file")
     parser.add_argument("--gain", type=Path, metavar="FILE", help="draw the gain by a perturbation "
                         "against how much each network needs its tokens")
     args = parser.parse_args()

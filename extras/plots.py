@@ -49,8 +49,10 @@ def draw_curves(records: list, panels: list[list[str]], path: Path) -> None:
     for axis, names in zip(axes, panels):
         for name in names:
             curves = [record.curve for record in records if record.name == name]
-            if not curves or any(curve.keys() != curves[0].keys() for curve in curves):
-                raise BadInput(f"--curves {name}: needs runs {name}-SEED that are equally long")
+            if not curves:
+                raise BadInput(f"--curves {name}: there is no run {name}-SEED; name others")
+            if any(curve.keys() != curves[0].keys() for curve in curves):
+                raise BadInput(f"--curves {name}: its runs validate at other steps; leave some out")
             dice = np.array([list(curve.values()) for curve in curves])  # (seeds, validations)
             steps = list(curves[0])
             axis.plot(steps, dice.mean(0), marker=".", label=name)

@@ -102,11 +102,12 @@ def test_pairs_share_their_seed_and_their_place_in_the_lists():
     assert p == pytest.approx(compare.t_test(expected, [0, 0, 0]))
 
 
-def test_pairs_at_the_last_step_leave_the_choice_of_the_best_out(runs, call):
+def test_last_takes_the_dice_of_the_last_validation(runs, call):
     log = [{"step": 5, "val_dice": 0.2}, {"step": 10, "val_dice": 0.3}]
     (runs[4] / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     line = call(*runs, "--pairs", "b,a", "--last")[1]
-    assert line.startswith("b - a: -0.1000 +- 0.1414 (n 2")  # seed 1: 0.3 - 0.5, seed 2: 0.5 - 0.5
+    # seed 1: 0.3 - 0.5, seed 2: 0.5 - 0.5
+    assert line == "b - a: -0.1000 +- 0.1414 (n 2, p 0.5, last step)\n"
     status, _, err = call(*runs, "--last")
     assert status == 2 and "--last: is for --pairs" in err
 
@@ -195,7 +196,11 @@ def test_records_are_not_overwritten(runs, tmp_path, call):
     assert (tmp_path / "mine.csv").read_text() == "precious"
 
 
-@pytest.mark.parametrize("text", ["", "run,seed\na,x\n", f"{','.join(RECORD._fields)}\na,b\n"])
+HEAD = ",".join(compare.Record._fields)
+NO_STEPS = ",".join(map(str, RECORD._replace(val_log="[]")))
+
+
+@pytest.mark.parametrize("text", ["", "run,seed\na,x\n", f"{HEAD}\na,b\n", f"{HEAD}\n{NO_STEPS}\n"])
 def test_a_csv_that_holds_no_records_is_refused_in_one_line(tmp_path, call, text):
     (tmp_path / "r.csv").write_text(text)
     status, _, err = call(tmp_path / "r.csv")
@@ -239,11 +244,12 @@ def test_the_command_line_draws_a_sweep(runs, tmp_path, call):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--sweep eps", "give both"), ("--sweep eps --figure f.abc", "must end in .png"),
-    ("--curves f.abc a", "must end in .png"), ("--curves f.png", "name the runs"),
+    ("--sweep eps", "give the file and"), ("--figure f.png", "give the file and"),
+    ("--curves a --sweep eps --figure f.png", "give the file and"),
+    ("--sweep eps --figure f.abc", "must end in .png"),
     ("--sweep lr --figure f.png", "do not differ in it, but in eps"),
     ("--sweep how --figure f.png", "is not a number")])
-def test_a_sweep_that_cannot_be_drawn_is_refused(runs, tmp_path, call, monkeypatch, flags, message):
+def test_what_cannot_be_drawn_is_refused(runs, tmp_path, call, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     other = write_run(tmp_path / "d", [0.5], eps=0.1, how="qpm")
     status, _, err = call(*runs, other, *flags.split())
@@ -265,10 +271,15 @@ def test_curves_show_mean_and_range_over_seeds_in_a_panel_each(tmp_path, monkeyp
     assert panel == "panel" and (tmp_path / "c.png").exists()
 
 
-@pytest.mark.parametrize("name", ["x", "a"])
-def test_curves_without_runs_or_of_other_lengths_are_refused(tmp_path, name):
+def test_the_command_line_draws_curves(runs, tmp_path, call):
+    assert call(*runs, "--curves", "a b", "--curves", "c", "--figure", tmp_path / "c.png")[0] == 0
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name, message", [("x", "no run x-SEED"), ("a", "at other steps")])
+def test_curves_without_runs_or_of_other_steps_are_refused(tmp_path, name, message):
     short = record("a", 2, 0.5)._replace(val_log='[{"step": 5, "val_dice": 0.75}]')
-    with pytest.raises(BadInput, match=f"--curves {name}: needs runs"):
+    with pytest.raises(BadInput, match=message):
         plots.draw_curves([record("a", 1, 0.5), short], [[name]], tmp_path / "c.png")
 
 
