@@ -111,7 +111,8 @@ def read_records(path: Path) -> list[Record]:
     with open(path, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             record = Record(**{name: kinds[name](value) for name, value in line.items()})
-            json.loads(record.settings)  # raises where it is damaged, as the next line does
+            # Both raise where the line is damaged.
+            json.loads(record.settings)
             record.last
             records.append(record)
     if not records:
@@ -259,8 +260,9 @@ def run_command(args: argparse.Namespace) -> None:
         tests.append(paired(records, more.split(), less.split(), args.last))
     for names, (mean, std, p, n), corrected in zip(args.pairs, tests, holm([t[2] for t in tests])):
         by_holm = f", {corrected:.2g} by Holm" if len(tests) > 1 else ""
-        by_holm += ", last step" if args.last else ""
-        print(f"{names.replace(',', ' - ')}: {mean:+.4f} +- {std:.4f} (n {n}, p {p:.2g}{by_holm})")
+        step = ", last step" if args.last else ""
+        difference = f"{names.replace(',', ' - ')}: {mean:+.4f} +- {std:.4f}"
+        print(f"{difference} (n {n}, p {p:.2g}{by_holm}{step})")
     if not args.pairs:
         head, *rows = table(records)
         for line in [head, ["---"] * len(head), *rows]:

@@ -52,7 +52,7 @@ def draw_curves(records: list, panels: list[list[str]], path: Path) -> None:
             if not curves:
                 raise BadInput(f"--curves {name}: there is no run {name}-SEED; name others")
             if any(curve.keys() != curves[0].keys() for curve in curves):
-                raise BadInput(f"--curves {name}: its runs validate at other steps; leave some out")
+                raise BadInput(f"--curves {name}: runs validate at different steps; leave some out")
             dice = np.array([list(curve.values()) for curve in curves])  # (seeds, validations)
             steps = list(curves[0])
             axis.plot(steps, dice.mean(0), marker=".", label=name)

@@ -276,8 +276,8 @@ def test_the_command_line_draws_curves(runs, tmp_path, call):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name, message", [("x", "no run x-SEED"), ("a", "at other steps")])
-def test_curves_without_runs_or_of_other_steps_are_refused(tmp_path, name, message):
+@pytest.mark.parametrize("name, message", [("x", "no run x-SEED"), ("a", "at different steps")])
+def test_curves_without_runs_or_of_different_steps_are_refused(tmp_path, name, message):
     short = record("a", 2, 0.5)._replace(val_log='[{"step": 5, "val_dice": 0.75}]')
     with pytest.raises(BadInput, match=message):
         plots.draw_curves([record("a", 1, 0.5), short], [[name]], tmp_path / "c.png")
