@@ -121,3 +121,8 @@ def same_volumes(began: dict, dataset: Dataset, part: str) -> None:
     if differ:
         raise BadInput(f"--root: {differ[0]} ({part}) is not as the run began with it; name the "
                        "folder of the same data with --root, or begin another run")
+    # The same volumes, prepared again with other flags.
+    for name in ("labels", "window", "eval_crop", "split"):
+        if began[name] != getattr(dataset, name):
+            raise BadInput(f"--root: the {name} of the data is not as the run began with it; "
+                           "prepare the set as it was, or begin another run")

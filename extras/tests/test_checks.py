@@ -23,7 +23,8 @@ def begin(tmp_path, hearts):
     network = dict(classes=4, codebook_size=8, width=4, dim=8)
     volumes = {c.name: [c.patient, *c.shape] for c in hearts.cases}
     settings = {"labeled": 3, "resume": "", "root": ""}
-    saved = {"settings": settings, "fm": "none", "split": hearts.split, "volumes": volumes}
+    saved = {"settings": settings, "fm": "none", "split": hearts.split, "volumes": volumes,
+             "labels": hearts.labels, "window": None, "eval_crop": hearts.eval_crop}
     (tmp_path / "config.json").write_text(json.dumps(saved))
 
     def check(dataset, resume=""):
@@ -59,6 +60,15 @@ def test_a_bad_mask_is_refused_before_the_training_and_nothing_remains(begin, he
 def test_data_that_are_not_those_of_the_run_are_refused(begin, hearts, changes):
     with pytest.raises(BadInput, match="--root: .* is not as the run began with it"):
         begin(changed(hearts, "patient001", **changes))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("labels", ["background", "Myo", "RV", "LV"]), ("window", [0, 60]), ("eval_crop", 64),
+    ("split", {"train": ["patient001"], "val": ["patient002"], "test": []})])
+def test_data_that_were_prepared_again_otherwise_are_refused(begin, hearts, name, value):
+    again = hearts._replace(**{name: value})
+    with pytest.raises(BadInput, match="--root: .* as the run began with it"):
+        begin(again, resume="run")
 
 
 def test_a_class_that_no_labeled_slice_shows_is_warned_of(hearts, capsys):
@@ -143,7 +153,8 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch, name, 
 
 
 def test_a_table_that_cannot_be_written_stops_the_scoring_before_it(hearts, tmp_path, monkeypatch):
-    saved = {"split": hearts.split}
+    names = ("split", "labels", "window", "eval_crop")
+    saved = {name: getattr(hearts, name) for name in names}
     checks.before_scoring(saved, hearts, "val", tmp_path / "val.csv")
     monkeypatch.setattr(checks.os, "access", lambda path, mode: False)
     with pytest.raises(BadInput, match="val.csv: .* cannot be written; allow it, or copy RUN"):
