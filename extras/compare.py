@@ -80,6 +80,7 @@ def read_run(run: Path) -> Record:
     if (run / "val-eps1.0.csv").exists():
         exchanged = round(class_means(read_rows(run / "val-eps1.0.csv")[0])["mean"][0], 5)
     settings = config["settings"] | {name: config[name] for name in ("processes", "precision")}
+    settings["data"] = Path(settings["data"]).name  # sets/prepared/ is prepared
     learned = {name: value for name, value in settings.items() if name not in NEUTRAL}
     val_log = [line for line in log if "val_dice" in line]
     best = max(val_log, key=lambda line: line["val_dice"])
@@ -174,6 +175,7 @@ def paired(records: list[Record], more: list[str], less: list[str], last: bool =
 
     A pair is the run more[i]-SEED and the run less[i]-SEED, for each i and each seed of both.
     """
+    records = [record for record in records if record.name in more + less]
     dice = {(r.name, r.seed): r.last if last else r.dice for r in records}
     names = f"{' '.join(more)},{' '.join(less)}"
     if len(dice) < len(records):
@@ -251,8 +253,8 @@ def run_command(args: argparse.Namespace) -> None:
     if args.last and not args.pairs:
         raise BadInput("--last: is for --pairs; the table has a column for it")
     for path in (args.figure, args.gain):
-        if path and path.suffix not in (".png", ".pdf", ".svg"):
-            raise BadInput(f"{path}: a figure must end in .png, .pdf or .svg")
+        if path and (path.suffix not in (".png", ".pdf", ".svg") or not path.parent.is_dir()):
+            raise BadInput(f"{path}: must end in .png, .pdf or .svg, in a folder that exists")
     records = read_all(args.runs)
     tests = []
     for names in args.pairs:
@@ -267,15 +269,15 @@ def run_command(args: argparse.Namespace) -> None:
         head, *rows = table(records)
         for line in [head, ["---"] * len(head), *rows]:
             print(f"| {' | '.join(line)} |")
-    if args.records:
-        with open(args.records, "x", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([Record._fields, *records])
     if args.sweep:
         plots.draw_sweep(by_settings(records), args.sweep, args.figure)
     if args.curves:
         plots.draw_curves(records, [names.split() for names in args.curves], args.figure)
     if args.gain:
         plots.draw_gain(by_settings(records), args.gain)
+    if args.records:
+        with open(args.records, "x", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([Record._fields, *records])
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def draw_sweep(groups: list, name: str, path: Path) -> None:
     for differ, seeds in groups:
         label = ", ".join(f"{k} {v}" for k, v in differ.items() if k != name) or "Dice"
         curves.setdefault(label, {})[differ[name]] = [run.dice for run in seeds.values()]
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
     axis = figure.subplots()
     for number, (label, curve) in enumerate(curves.items()):
         how = {"color": f"C{number}", "label": label}
@@ -38,7 +38,7 @@ def draw_sweep(groups: list, name: str, path: Path) -> None:
             axis.errorbar([places.index(k) for k in x], mean, std, marker="o", capsize=3, **how)
     axis.set(xticks=range(len(places)), xticklabels=[f"{k:g}" for k in places], xlabel=name)
     axis.set_ylabel("validation Dice, mean and std over seeds")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower left", fontsize=6)
     write(figure, path, 100)
 
 

@@ -22,7 +22,7 @@ HEADER = "case,label,dice,jaccard,hd95,asd,empty\n"
 def write_run(folder, dices, seed=1, **settings):
     """A run folder by hand: one volume, and a class for each Dice."""
     folder.mkdir()
-    settings |= {"seed": seed, "device": "cuda:1", "out": str(folder)}
+    settings = {"data": "acdc", "seed": seed, "device": "cuda:1", "out": str(folder)} | settings
     config = {"settings": settings, "fm": "none", "commit": "abc", "processes": 1,
               "precision": "float32"}
     log = [{"step": 5, "used": 0.25, "perplexity": 7.5}, {"step": 5, "val_dice": 0.75},
@@ -102,6 +102,12 @@ def test_pairs_share_their_seed_and_their_place_in_the_lists():
     assert p == pytest.approx(compare.t_test(expected, [0, 0, 0]))
 
 
+def test_runs_that_no_pair_names_may_have_any_names(call, tmp_path):
+    runs = [write_run(tmp_path / name, [0.5]) for name in ("a-1", "b-1", "mine", "yours")]
+    status, out, _ = call(*runs, "--pairs", "a,b")
+    assert status == 0 and out.startswith("a - b: +0.0000 +- nan (n 1")
+
+
 def test_last_takes_the_dice_of_the_last_validation(runs, call):
     log = [{"step": 5, "val_dice": 0.2}, {"step": 10, "val_dice": 0.3}]
     (runs[4] / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -151,6 +157,12 @@ def test_the_order_of_settings_does_not_tell_runs_apart():
     assert len(compare.by_settings(runs)) == 1
 
 
+def test_a_prepared_set_is_the_same_by_whatever_path_it_was_named(tmp_path):
+    paths = ["prepared", "prepared/", "/home/sets/prepared", "../sets/prepared"]
+    runs = [write_run(tmp_path / f"a-{k}", [0.5], k, data=path) for k, path in enumerate(paths)]
+    assert len(compare.by_settings([compare.read_run(run) for run in runs])) == 1
+
+
 def test_runs_with_other_foundation_models_are_rows_of_their_own():
     other = record("a", 2, 0.5)._replace(fm="dinov2")
     assert len(compare.by_settings([record("a", 1, 0.5), other])) == 2
@@ -173,8 +185,8 @@ def test_a_record_has_the_best_step_and_the_last_use_of_the_codebook(runs):
     assert (found.run, found.commit, found.seed, found.scored) == ("a-1", "abc", 1, 2)
     assert (found.utilization, found.perplexity, found.best_step) == (0.5, 9.5, 5)
     assert found.val_log == LOG and found.last == 0.5
-    learned = {"eps": 0.3, "temperature": 1.0, "processes": 1, "precision": "float32"}
-    assert json.loads(found.settings) == learned
+    learned = {"data": "acdc", "eps": 0.3, "temperature": 1.0}
+    assert json.loads(found.settings) == learned | {"processes": 1, "precision": "float32"}
 
 
 def test_records_give_the_table_and_the_pairs_again_without_the_runs(runs, tmp_path, call):
@@ -187,6 +199,11 @@ def test_records_give_the_table_and_the_pairs_again_without_the_runs(runs, tmp_p
     pairs = call(first, *("--pairs", "b,a") * 2, "--pairs", "c,a")[1].splitlines()
     assert pairs[:2] == 2 * ["b - a: +0.1250 +- 0.0354 (n 2, p 0.13, 0.25 by Holm)"]
     assert pairs[2:] == ["c - a: -0.5000 +- nan (n 1, p nan, nan by Holm)"]
+
+
+def test_no_records_are_written_where_the_figure_is_refused(runs, tmp_path, call):
+    flags = ["--records", tmp_path / "x.csv", "--figure", tmp_path / "x.png", "--sweep", "seed"]
+    assert call(*runs, *flags)[0] == 2 and not (tmp_path / "x.csv").exists()
 
 
 def test_records_are_not_overwritten(runs, tmp_path, call):
