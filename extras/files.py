@@ -137,7 +137,7 @@ def load_nifti(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
 
 def open_nifti(path: Path) -> Volume:
     file, sides = load_nifti(path)
-    shape = file.shape
+    shape = file.shape[:3] if file.shape[3:] == (1,) else file.shape
     if len(shape) == 2:
         raise BadInput(f"{path}: is one slice of shape {shape}; store it as (x, y, 1)")
     if len(shape) != 3 or 0 in shape:
@@ -147,7 +147,7 @@ def open_nifti(path: Path) -> Volume:
     affines = (file.affine,) if qform is None else (file.affine, qform)
 
     def read(a: int, b: int) -> np.ndarray:
-        return voxels(path, lambda: file.dataobj[:, :, a:b]).T
+        return voxels(path, lambda: file.dataobj[:, :, a:b]).reshape(*shape[:2], -1).T
 
     axes = "".join(map(str, nib.aff2axcodes(file.affine)))
     return Volume(shape[::-1], read, tuple(sides[::-1].tolist()), affines, axes)

@@ -23,7 +23,7 @@ def class_names(root: Path, text: str, how: str, sources: list[Source]) -> dict[
         names = ["background", *(f"class {k}" for k in range(1, min(int(text), 256)))]
         pairs = [(name, k) for k, name in enumerate(names)]
     elif text:
-        words = [word.partition("=") for word in text.split(",")]
+        words = [word.strip().partition("=") for word in text.split(",")]
         pairs = [(name, value or k) for k, (name, _, value) in enumerate(words)]
     elif how == "acdc":
         pairs = [(name, k) for k, name in enumerate(data.CLASSES)]

@@ -14,6 +14,7 @@ segmentation has the scan's shape, sform, qform, zooms and units; a picture lies
 import argparse
 import math
 import os
+import re
 import sys
 import tempfile
 from functools import partial
@@ -99,8 +100,6 @@ def mean_of(models: list[Model]) -> Model:
 
 def largest_component(mask: np.ndarray) -> np.ndarray:
     """The largest of the face-connected components of a (Z,H,W) boolean mask."""
-    if not mask.any():
-        return mask
     lines = [np.flatnonzero(mask.any(axis)) for axis in ((1, 2), (0, 2), (0, 1))]
     box = tuple(slice(line[0], line[-1] + 1) for line in lines)  # holds all of the mask
     inside = mask[box]
@@ -146,6 +145,9 @@ def read_scan(path: Path) -> tuple[nib.Nifti1Image, list[float], np.ndarray]:
     if len(file.shape) not in (3, 4) or 0 in file.shape:
         raise BadInput(f"{path}: has shape {file.shape}; store it as (x, y, z) or (x, y, z, t)")
     check_whole(path)
+    if max(sides) > 1.5 * sides[2]:
+        print(f"WARNING: {path}: slices seem to lie along its axis {'xyz'[sides.argmax()]}; store "
+              "them along the last, z, as in training")
     found = voxels(path, lambda: file.dataobj)
     return file, sides.tolist(), found.reshape(*found.shape[:3], -1).T
 
@@ -231,10 +233,13 @@ def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
         raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
     files = listing(scan)
     scans = [f for f in files if NIFTI.search(f.name) and f.parent == scan]
+    no_scans = [f for f in scans if re.search(r"_(gt|000[1-9])\.nii", f.name, re.I)]
+    leave(no_scans, "masks of ACDC, or other channels")
+    scans = [f for f in scans if f not in no_scans]
     if not scans:
         remedy = "convert others, or give the folder that does"
         raise BadInput(f"--scan {scan}: holds no .nii or .nii.gz file; {remedy}")
-    others = [f for f in files if f not in scans]
+    others = [f for f in files if f not in scans + no_scans]
     if out.resolve().is_relative_to(scan.resolve()):  # earlier results need no mention
         others = [f for f in others if not f.resolve().is_relative_to(out.resolve())]
     leave([f for f in others if NIFTI.search(f.name)], "in a subfolder")

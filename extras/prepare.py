@@ -77,8 +77,8 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
 
 def warn_of_stems(patients: list[str]) -> None:
     """Warns where names look like visits of one patient, who must not be in train and in test."""
-    # eva_visit1 and p01_2 are visits; case_001 is not, nor are names that all have one stem.
-    visit = r"[_-][a-zA-Z]+[_-]?\d+$|(?<=\d)[_-]\d+$"
+    # eva_visit1, p01_2 and 001_SA_ED are; case_001 is not, nor are names that all have one stem.
+    visit = r"(?<=\d)[_-][a-zA-Z].*$|[_-][a-zA-Z]+[_-]?\d+$|(?<=\d)[_-]\d+$"
     stems = Counter(re.sub(visit, "", patient) for patient in patients)
     stem, times = stems.most_common(1)[0]
     if times > 1 and len(stems) > 1:

@@ -338,6 +338,20 @@ def test_results_may_go_into_the_folder_that_holds_the_folder_of_scans(tmp_path,
     assert f"left alone, no NIfTI: 1 files ({tmp_path / 'in' / 'b.nrrd'})" in out
 
 
+def test_masks_and_other_channels_among_the_scans_are_left_alone(tmp_path, call):
+    for name in ("p_frame01.nii", "p_frame01_gt.nii", "c_0000.nii.gz", "c_0001.nii.gz"):
+        save_scan(tmp_path / "in" / name)
+    status, out, _ = call("--scan", tmp_path / "in", "--out", tmp_path / "out")
+    assert status == 0 and "left alone, masks of ACDC, or other channels: 2 files" in out
+    assert {f.name for f in (tmp_path / "out").glob("*.nii*")} == {"p_frame01.nii", "c_0000.nii.gz"}
+
+
+def test_a_scan_whose_slices_lie_along_x_is_warned_of(tmp_path, call):
+    save_scan(tmp_path / "a.nii", affine=np.diag([9.0, 1.5, 1.5, 1]))
+    out = call("--scan", tmp_path / "a.nii", "--out", tmp_path / "o.nii")[1]
+    assert "a.nii: slices seem to lie along its axis x; store them along the last, z" in out
+
+
 def test_a_folder_is_continued_without_overwriting(tmp_path, call):
     save_scan(tmp_path / "in" / "a.nii")
     save_scan(tmp_path / "in" / "b.nii")

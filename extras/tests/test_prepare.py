@@ -118,6 +118,18 @@ def test_an_image_without_a_mask_is_unlabeled(pairs):
     assert all(case.patient != "p2" for case in dataset.training(0)[0])
 
 
+def test_a_fourth_axis_of_one_time_point_is_left_out(pairs):
+    before = run(pairs)
+    for place, array in zip(("images", "labels"), volume(1)):
+        save(pairs / place / "p1.nii.gz", array[..., None])
+    (pairs.parent / "prepared").rename(pairs.parent / "before")
+    assert torch.equal(run(pairs).images, before.images)
+
+
+def test_blanks_between_the_classes_do_not_count(pairs):
+    assert run(pairs, "--classes", "background, heart, valve").labels[1:] == ["heart", "valve"]
+
+
 def test_files_of_one_folder_are_one_patient(pairs):
     for n in (0, 1):
         for place in ("images", "labels"):
@@ -636,6 +648,8 @@ def test_visits_that_look_like_one_patient_are_warned_of(pairs, capsys):
     (["eva_visit1", "eva_visit2", "p0"], "eva", "eva"),
     (["p01_1", "p01_2", "p02_1"], "p01", "p01"),
     (["GLI-001-000", "GLI-001-001", "GLI-002-000"], "GLI-001", "GLI-001"),
+    (["001_SA_ED", "001_SA_ES", "002_SA_ED"], "001", "001"),
+    (["sub-01_ses-01_cine", "sub-01_ses-02_cine", "sub-02_ses-01_cine"], "sub-01", "sub-01"),
     (["case_001", "case_002", "case_003"], "", ""),
     (["LIDC-IDRI-0001", "LIDC-IDRI-0002"], "", "")])
 def test_only_names_of_visits_are_warned_of_and_the_remedy_joins_them(capsys, names, stem, patient):
