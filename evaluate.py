@@ -10,7 +10,7 @@ The paper does not say which distances it takes. Ours are medpy's, in voxels, as
   - asd = mean distance from the predicted to the true surface, one direction only.
   - a class in neither mask is not scored: all four are nan and left out of the means.
   - a class in one mask only: Dice = Jaccard = 0, and both distances are the volume's diagonal.
-    (Other papers score an empty prediction as distance 0, a perfect one.)
+    (Other papers give an empty prediction distance 0, as if it were perfect.)
 """
 
 import argparse
@@ -155,7 +155,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 def report(path: Path, rows: list[Row], saved: dict, unit: str, how: str = PROTOCOL) -> None:
-    """The rows into a CSV file; the table, and what it is of, on the screen."""
+    """Writes the rows into a CSV file; prints the table and what it is of."""
     head = [f"{name}_{unit}" if name in ("hd95", "asd") else name for name in Row._fields]
     text = io.StringIO()
     csv.writer(text).writerows([head, *rows])
@@ -174,17 +174,20 @@ def score_run(run: Path, part: str, device: torch.device, root: str = "", unit: 
     network, post_process, names = model.predict, None, []
     if any(beyond.values()):
         network, post_process, names = data.extra("predict").extended(model, saved, beyond)
+    how = ", ".join(names) or PROTOCOL
     names += [unit] if unit else []
     path = run / f"{'-'.join([part, *names])}.csv"
     if data.extra("checks"):
         data.extra("checks").before_scoring(saved, dataset, part, path)
+    # Of train only what has a mask can be scored.
+    dataset = dataset._replace(cases=[case for case in dataset.cases if case.mask is not None])
     rows = evaluate(network, dataset, part, device, post_process=post_process)
-    report(path, rows, saved, dataset.unit, ", ".join(names) or PROTOCOL)
+    report(path, rows, saved, dataset.unit, how)
     if not names and data.extra("figures"):
         data.extra("figures").draw_run(run, model, dataset, part, rows, device)
 
 def command(name: str, run, remedy: str) -> None:
-    """Runs a command line. What its user has to correct is one line on stderr, exit status 2."""
+    """Runs a command line. A user's error becomes one line on stderr and exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters it cannot encode
     try:
@@ -202,7 +205,7 @@ def command(name: str, run, remedy: str) -> None:
         sys.exit(2)
 
 def save(path: Path, content: dict | bytes) -> None:
-    """A checkpoint or a file, whole or not at all: a crash leaves the previous file."""
+    """Writes a checkpoint or a file atomically: a crash leaves the previous file."""
     temporary = path.with_suffix(".tmp")
     try:
         if isinstance(content, dict):
@@ -228,8 +231,9 @@ def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) 
         for key in ("settings", "labels", "split", "fm", "window", "eval_crop"):
             saved[key]  # a KeyError where it is missing
     except Exception as error:  # a foreign file can fail in any way
-        fault = f"no whole checkpoint of this version ({type(error).__name__})"
-        raise BadInput(f"{path}: {fault}; copy it again, or give another run") from None
+        fault = f"no whole checkpoint of this version ({type(error).__name__}); copy it again"
+        remedy = "name the run's own data" if resumed else "give another run"
+        raise BadInput(f"{path}: {fault}, or {remedy}") from None
     return model.eval(), saved
 
 def join_processes(name: str) -> tuple[int, int, torch.device]:

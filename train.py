@@ -7,8 +7,8 @@ The paper does not say:
   - which view the student sees: Eq. 7 lists q(z_a) and q'(z_u). Ours is the strong one. QPM
     perturbs the tokens of x_a, D_i makes x_u from q(z_a); teacher and frozen model see x_u.
   - any warm-up: of the unlabeled loss (`--warmup`), the learning rate (100 steps), alpha (890).
-  - what an epoch, "batch 4" and "decay 3e-5" are, nor momentum and power of the schedule. Ours:
-    a pass over the unlabeled slices, 4 labeled and 4 unlabeled, weight decay, 0.9 and 0.9.
+  - what an epoch, "batch 4" and "decay 3e-5" are, nor momentum and power of the schedule. With
+    `--paper`: a pass over the unlabeled slices, 4 labeled and 4 unlabeled, weight decay, 0.9, 0.9.
 """
 
 import argparse
@@ -73,14 +73,14 @@ class Settings:
                           "D_s sees only tokens; dinov2: the paper's", [*NETWORKS, "dinov2"])
     width: int = option(24, "channels of the first level of the conv network", low=1, high=1024)
 
-# Section 4.2 and Eq. 8 to 12; also SGD and 100 epochs. lr and alpha still rise at first.
+# Section 4.2 and Eq. 8 to 12; `build` adds SGD, `open_data` 100 epochs. lr and alpha still rise.
 PAPER = {"encoder": "dinov2", "fm": "dinov2", "codebook_size": 16384, "eps": 0.7, "lambda_a": 5.0,
          "lambda_u": 1.0, "lambda_rec": 1.0, "lambda_dice": 0.0, "lambda_usage": 0.0,
          "threshold": 0.0, "warmup": 0.0, "batch": 4, "lr": 1e-4}
 
 def vqseg_loss(s: Settings, student: nn.Module, teacher: VQSeg, fm: nn.Module | None, x_l: Tensor,
                y_l: Tensor, x_u: Tensor, x_a: Tensor, lambda_u: float, g: torch.Generator):
-    """Eq. 7 to 12 on one batch: the loss, and by name its terms and the codeword of each token.
+    """Eq. 7 to 12 on one batch: the loss, and by name its terms and the codeword indices.
 
     x_l, x_u, x_a (B,1,H,W), y_l (B,H,W). lambda_u = 0, the warm-up, leaves the unlabeled out.
     """
@@ -161,7 +161,7 @@ def train(s: Settings) -> Path:
             window = []
             speed = (step + 1 - start) / (time.perf_counter() - began)
             left = (s.steps - step - 1) / speed / 60
-            print(f"{evaluate.one_line(log[-1], s.steps)} {speed:.2g}/s {left:.0f} min", flush=True)
+            print(f"{evaluate.one_line(log[-1], s.steps)} {speed:.3g}/s {left:.0f} min", flush=True)
         if (step + 1) % (5 * log_every) == 0 or step + 1 == s.steps:
             rows = evaluate.evaluate(teacher.predict, dataset, "val", device, amp, distances=False)
             dice = float(evaluate.class_means(rows)["mean"][0])
@@ -188,7 +188,7 @@ def generator(device: torch.device, seed: int, step: int, rank: int) -> torch.Ge
     return torch.Generator(device).manual_seed(int(state[0]) >> 1)
 
 def open_data(s: Settings, world: int, device: torch.device):
-    """Data set, rows of labeled and of unlabeled slices; the defaults that depend on them."""
+    """Data set, rows of labeled and of unlabeled slices. Sets s.labeled and s.steps where 0."""
     dataset = data.load(s.data, s.root)
     few, many = dataset.training(s.labeled)
     labeled, unlabeled = dataset.rows(few), dataset.rows(many)
@@ -203,7 +203,7 @@ def open_data(s: Settings, world: int, device: torch.device):
     return dataset, labeled.to(device), unlabeled.to(device)
 
 def build(s: Settings, dataset: Dataset, device: torch.device):
-    """Student, teacher, foundation model, optimizer, and what evaluation needs to know of a run."""
+    """Student, teacher, foundation model, optimizer, a run's record for evaluation. Sets s.fm."""
     if s.fm == "auto" and s.data == "phantom":
         s.fm = "standin"
     if s.supervised or not s.lambda_a:
@@ -218,7 +218,7 @@ def build(s: Settings, dataset: Dataset, device: torch.device):
     torch.manual_seed(s.seed)
     student = VQSeg(**network)
     if s.encoder == "dinov2":
-        student.encoder.load_pretrained(s.fm_weights)
+        student.encoder.load_pretrained("" if s.fm == "torchscript" else s.fm_weights)
     if dist.is_initialized() and device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     student = student.to(device)
@@ -285,7 +285,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         low, high = f.metadata["low"], f.metadata["high"]
         if value not in (f.metadata["choices"] or [value]):  # in a record of another version
             raise BadInput(f"{flag} {value}: must be one of {', '.join(f.metadata['choices'])}")
-        if f.name == "codebook_size" and s.perturb in ("qpm", "shuffle"):
+        if f.name == "codebook_size" and s.perturb in ("qpm", "shuffle") and not s.supervised:
             low = 2  # there must be another codeword
         if f.type in (int, float) and not low <= value <= high:
             raise BadInput(f"{flag} {value}: must be {low} to {high}")

@@ -410,10 +410,21 @@ def test_a_run_is_not_written_over(finished, tmp_path, monkeypatch):
     assert names == ["runs/phantom-3-vqseg-qpm-seed1337", f"{names[0]}-again"]
 
 
-def test_a_score_beyond_the_protocol_has_a_file_of_its_own_and_no_pictures(finished):
+def test_a_score_beyond_the_protocol_has_a_file_of_its_own_and_no_pictures(finished, capsys):
     evaluate.score_run(finished[0], "test", CPU, unit="mm")
+    assert "one view, no post-processing, distances in mm" in capsys.readouterr().out
     assert (finished[0] / "test-mm.csv").exists()
     assert not list(finished[0].glob("test*.png"))
+
+
+def test_of_the_training_patients_those_with_masks_are_scored(finished, monkeypatch):
+    dataset = data.load("phantom")
+    patients = dataset.split["train"]
+    few = [c._replace(mask=c.mask if c.patient == patients[0] else None) for c in dataset.cases]
+    monkeypatch.setattr(data, "load", lambda *_: dataset._replace(cases=few))
+    evaluate.score_run(finished[0], "train", CPU)
+    lines = (finished[0] / "train.csv").read_text().splitlines()[1:]
+    assert {line.split("_")[0] for line in lines} == {patients[0]} and len(lines) == 6
 
 
 # -- Settings
@@ -446,6 +457,17 @@ def test_a_flag_beside_paper_wins():
     assert train.read_settings(["--paper", "--eps", "0.5"]).eps == 0.5
 
 
+def test_the_papers_encoder_does_not_take_the_weights_of_another_foundation_model(monkeypatch):
+    dinov2 = pytest.importorskip("extras.dinov2")
+    asked = []  # of each network the weights
+    encoder = dinov2.DINOv2Encoder
+    monkeypatch.setattr(encoder, "load_pretrained", lambda self, file: asked.append(file))
+    monkeypatch.setattr(train, "foundation_model", lambda *_: (None, "another"))
+    for fm in ("torchscript", "dinov2"):
+        built("--paper", "--fm", fm, "--fm-weights", "file.pt")
+    assert asked[0] == "" and asked[1].endswith("file.pt")
+
+
 def test_paper_without_weights_is_refused(monkeypatch):
     dinov2 = pytest.importorskip("extras.dinov2")
     monkeypatch.setattr(dinov2, "official_weights", lambda: None)
@@ -459,6 +481,10 @@ def test_paper_without_weights_is_refused(monkeypatch):
 def test_a_value_out_of_range_names_its_flag(flag, value):
     with pytest.raises(BadInput, match=f"{flag} .*must be"):
         train.read_settings([flag, value])
+
+
+def test_the_supervised_baseline_may_be_told_that_it_has_no_codebook():
+    assert train.read_settings(["--supervised", "--codebook-size", "0"]).supervised
 
 
 def test_more_labeled_patients_than_there_are_is_refused():
@@ -508,7 +534,7 @@ def test_resume_of_a_record_that_does_not_fit_the_checkpoint_is_refused(finished
     record["settings"]["codebook_size"] = 99
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes())
-    with pytest.raises(BadInput, match="last.pt: no whole checkpoint of this version"):
+    with pytest.raises(BadInput, match="last.pt: no whole .* or name the run.s own data"):
         train.train(train.read_settings(["--resume", str(tmp_path)]))
 
 
