@@ -190,7 +190,8 @@ class VQSeg(nn.Module):
 
     def forward(self, x: Tensor, labeled: int, how: str, eps: float, temperature: float,
                 generator: torch.Generator | None) -> Decoded:
-        """Eq. 7. x (B,1,H,W): the first `labeled` slices get q(z), the others q'(z) by `how`."""
+        """Eq. 7 of x (B,1,H,W). D_s gets q(z) of the first `labeled` slices, of the others q'(z) by
+        PERTURBATIONS[how]; D_i and the adapter always get q(z)."""
         z, skips = self.encoder(x)
         q = self.quantizer(z)
         tokens = q.codes

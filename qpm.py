@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Generator = torch.Generator | None
-PROPOSALS = 16  # a token; unit codewords at T = 1 accept 1/4 of them, so 1 % accept none
+PROPOSALS = 16  # per token; unit codewords at T = 1 accept 1/4, so 1 % of the tokens accept none
 
 def dropout_kl(p: Tensor) -> Tensor:
     """Eq. 1: KL(P||Q) = 1/2 ( p/(1-p) + log(1-p) ) of P = N(0,s^2), Q = N(0,(1-p)s^2); p < 1.
@@ -59,7 +58,8 @@ def qpm_kl_bound(codebook: Tensor, eps: float, temperature: float = 1.0) -> Tens
     Dmin <= d(c_i,c_j)/T <= Dmax for all i != j. At eps = 1 the bound is Dmax - Dmin.
     """
     d = F.pdist(codebook) / temperature  # (K(K-1)/2,) all i < j
-    return -torch.log(1 - eps + eps * torch.exp(d.min() - d.max()))
+    log_keep, log_replace = d.new_tensor([1 - eps, eps]).log()
+    return -torch.logaddexp(log_keep, log_replace + d.min() - d.max())  # exp would underflow
 
 def check(eps: float, temperature: float = 1.0, codebook_size: int = 2) -> None:
     if not (0 <= eps <= 1 and temperature > 0 and codebook_size > 1):
@@ -67,11 +67,11 @@ def check(eps: float, temperature: float = 1.0, codebook_size: int = 2) -> None:
         raise ValueError(f"{found}: eps must lie in [0, 1], T above 0, K above 1")
 
 def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 1.0,
-            generator: Generator = None) -> Tensor:
-    """QPM: replaces each index i by a draw j ~ pi(.|i) of Eq. 4, independently. (...) -> (...).
+            generator: torch.Generator | None = None) -> Tensor:
+    """QPM: replaces each index i by a sample j ~ pi(.|i) of Eq. 4, independently. (...) -> (...).
 
     Rejection sampling needs no row of K probabilities: propose j != i uniformly, accept it with
-    probability exp(-d(c_i,c_j)/T). The first accepted j is a draw of Eq. 4, given that j != i.
+    probability exp(-d(c_i,c_j)/T). The first accepted j is a sample of Eq. 4, given that j != i.
     """
     K = len(codebook)
     check(eps, temperature, K)
@@ -83,15 +83,15 @@ def perturb(indices: Tensor, codebook: Tensor, eps: float, temperature: float = 
     d = torch.linalg.vector_norm(codebook[i] - codebook[j], dim=2)  # (N,PROPOSALS)
     accepted = torch.rand(j.shape, **source) < (-d / temperature).exp()
     first = accepted.byte().argmax(1, keepdim=True)  # (N,1)
-    drawn = j.gather(1, first)[:, 0]
-    # Where all proposals are refused, often if T is small, a token draws from its row of Eq. 4.
-    refused = (replaced & ~accepted.any(1)).nonzero()[:, 0]  # here alone the host waits for a GPU
+    sampled = j.gather(1, first)[:, 0]
+    # Where all proposals are refused, often if T is small, a token samples from its row of Eq. 4.
+    refused = (replaced & ~accepted.any(1)).nonzero()[:, 0]  # here the host waits for a GPU
     for chunk in refused.split(max(1, 2**22 // K)) if len(refused) else ():
         rows = transition_rows(i[chunk, 0], codebook, 1.0, temperature)
-        drawn[chunk] = torch.multinomial(rows, 1, generator=generator)[:, 0]
-    return torch.where(replaced, drawn, i[:, 0]).reshape(indices.shape)
+        sampled[chunk] = torch.multinomial(rows, 1, generator=generator)[:, 0]
+    return torch.where(replaced, sampled, i[:, 0]).reshape(indices.shape)
 
-def shuffle(indices: Tensor, eps: float, generator: Generator = None) -> Tensor:
+def shuffle(indices: Tensor, eps: float, generator: torch.Generator | None = None) -> Tensor:
     """The abstract: round(eps * h*w) positions of each image exchange their indices. (B,h,w)."""
     check(eps)
     B, h, w = indices.shape
@@ -102,7 +102,7 @@ def shuffle(indices: Tensor, eps: float, generator: Generator = None) -> Tensor:
     moved = flat.scatter(1, chosen.sort(1).values, flat.gather(1, chosen))
     return moved.reshape(B, h, w)
 
-def dropout(codes: Tensor, p: float, generator: Generator = None) -> Tensor:
+def dropout(codes: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """nn.Dropout with a generator: zero with probability p, else scaled by 1/(1-p). Any shape."""
     check(p)
     kept = torch.rand(codes.shape, generator=generator, device=codes.device) >= p

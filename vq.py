@@ -7,7 +7,7 @@ linear map, so that each step moves all codewords, also those that are nearest t
 The paper does not say:
   - how the codebook gets a gradient; the straight-through estimator gives it none. We add the usual
     codebook loss (codewords move to tokens) and commitment loss (tokens move to codewords).
-  - how a codebook stays in use. We add `usage_loss`, as the authors' release does.
+  - whether that map alone keeps the codebook in use. We add `usage_loss`, as the authors do.
   - the length of a codeword. Ours have unit length, and so have the tokens: the distances of Eq. 2
     and Eq. 4 lie in [0, 2], and one temperature suits a whole run.
 """
@@ -105,7 +105,7 @@ class VectorQuantizer(nn.Module):
             loss = codebook_loss(tokens, codes.flatten(2).transpose(1, 2))
             if self.usage_weight:
                 step = max(1, tokens.shape[1] // 64)  # about 64 tokens an image: p is (N,K)
-                while math.gcd(step, z.shape[3]) > 1:  # it would visit some of the w columns only
+                while math.gcd(step, z.shape[3]) > 1:  # else some columns are never sampled
                     step += 1
                 sample = tokens[:, ::step].flatten(0, 1)
                 loss = loss + self.usage_weight * usage_loss(sample, codebook)

@@ -87,6 +87,14 @@ def test_appendix_b_bounds_hold(eps, temperature):
     assert bound == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("temperature", [1e-2, 1e-4])
+def test_appendix_b_bound_is_finite_at_eps_1_where_exp_underflows(temperature):
+    c = codebook(40, 3).float()
+    distances = F.pdist(c.double()) / temperature
+    expected = (distances.max() - distances.min()).item()
+    assert qpm.qpm_kl_bound(c, 1.0, temperature).item() == pytest.approx(expected)
+
+
 # The share of tokens that have all proposals refused: 0 at inf, 0.5 at 0.3, nearly 1 at 0.02.
 @pytest.mark.parametrize("temperature", [math.inf, 1.0, 0.3, 0.02])
 def test_eq4_a_million_draws_pass_chi_square(temperature):
