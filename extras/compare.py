@@ -30,6 +30,7 @@ import evaluate
 from data import BadInput
 from evaluate import METRICS, Row, class_means
 from extras import plots
+from extras.stats import holm, t_test
 
 NEUTRAL = {"seed", "device", "root", "out", "resume"}  # do not change what is learned
 
@@ -80,12 +81,12 @@ def read_run(run: Path) -> Record:
     if (run / "val-eps1.0.csv").exists():
         exchanged = round(class_means(read_rows(run / "val-eps1.0.csv")[0])["mean"][0], 5)
     settings = config["settings"] | {name: config[name] for name in ("processes", "precision")}
-    settings["data"] = Path(settings["data"]).name  # sets/prepared/ is prepared
+    settings["data"] = Path(settings["data"]).name  # sets/prepared/ and prepared are one
     learned = {name: value for name, value in settings.items() if name not in NEUTRAL}
     val_log = [line for line in log if "val_dice" in line]
     best = max(val_log, key=lambda line: line["val_dice"])
-    usage = [(line["used"], line["perplexity"]) for line in log if "used" in line]
-    usage = usage or [(math.nan, math.nan)]
+    usage = [(math.nan, math.nan)]  # where there is no codebook
+    usage += [(line["used"], line["perplexity"]) for line in log if "used" in line]
     means = [round(value, 5) for value in class_means(rows)["mean"]]
     return Record(run.resolve().name, config["commit"], settings["seed"], config["fm"],
                   json.dumps(learned), *means, sum(row.empty for row in rows), len(rows),
@@ -112,8 +113,7 @@ def read_records(path: Path) -> list[Record]:
     with open(path, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             record = Record(**{name: kinds[name](value) for name, value in line.items()})
-            # Both raise where the line is damaged.
-            json.loads(record.settings)
+            json.loads(record.settings)  # this and record.last raise where the line is damaged
             record.last
             records.append(record)
     if not records:
@@ -135,39 +135,6 @@ def read_all(paths: list[Path]) -> list[Record]:
             kinds = "neither a finished run of train.py nor a CSV of --records"
             raise BadInput(f"{path}: {kinds} ({error!r}); finish it or leave it out") from None
     return [*lines.values(), *runs]
-
-
-def t_test(a: list[float], b: list[float]) -> float:
-    """Appendix D: p of the paired two-tailed t-test; nan for under two pairs or equal differences.
-
-    Student's distribution is in closed form for n whole degrees of freedom (Abramowitz and Stegun
-    26.7.3 and 26.7.4).
-    """
-    difference = np.subtract(a, b)
-    n = len(difference) - 1
-    if n < 1 or np.ptp(difference) < 1e-12:
-        return math.nan
-    t = abs(difference.mean()) / (difference.std(ddof=1) / math.sqrt(n + 1))
-    theta = math.atan(t / math.sqrt(n))
-    # n odd: cos + 2/3 cos^3 + 2/3 4/5 cos^5 + ...; n even: 1 + 1/2 cos^2 + 1/2 3/4 cos^4 + ...
-    term = math.cos(theta) if n % 2 else 1.0
-    series = 0.0
-    for k in range(n % 2, n, 2):
-        series += term
-        term *= (k + 1) / (k + 2) * math.cos(theta) ** 2
-    inside = math.sin(theta) * series
-    if n % 2:
-        inside = 2 / math.pi * (theta + inside)
-    return max(0.0, 1 - inside)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's correction of each p for the number of tests. nan is no test, and stays nan."""
-    p = np.array(p_values)
-    order = p.argsort()  # nan comes last
-    factors = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))
-    p[order] = np.maximum.accumulate(p[order] * factors).clip(max=1)
-    return p.tolist()
 
 
 def paired(records: list[Record], more: list[str], less: list[str], last: bool = False) -> tuple:
@@ -263,8 +230,8 @@ def run_command(args: argparse.Namespace) -> None:
     for names, (mean, std, p, n), corrected in zip(args.pairs, tests, holm([t[2] for t in tests])):
         by_holm = f", {corrected:.2g} by Holm" if len(tests) > 1 else ""
         step = ", last step" if args.last else ""
-        difference = f"{names.replace(',', ' - ')}: {mean:+.4f} +- {std:.4f}"
-        print(f"{difference} (n {n}, p {p:.2g}{by_holm}{step})")
+        print(f"{names.replace(',', ' - ')}: {mean:+.4f} +- {std:.4f} "
+              f"(n {n}, p {p:.2g}{by_holm}{step})")
     if not args.pairs:
         head, *rows = table(records)
         for line in [head, ["---"] * len(head), *rows]:

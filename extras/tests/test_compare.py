@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 import data
 import train
 from data import BadInput
-from extras import compare, plots
+from extras import compare, plots, stats
 
 LOG = '[{"step": 5, "val_dice": 0.75}, {"step": 10, "val_dice": 0.5}]'
 RECORD = compare.Record("r", "abc", 1, "none", "{}", 0.5, 0.4, 3.0, 1.0, 2, 6, 0.9, 20.5, 10, LOG)
@@ -78,19 +78,19 @@ def test_appendix_d_t_test_has_the_critical_values_of_the_tables(t, n, p):
     noise = np.resize([1.0, -1.0], n + 1)
     noise -= noise.mean()
     difference = noise / noise.std(ddof=1) + t / math.sqrt(n + 1)
-    assert compare.t_test(difference, np.zeros(n + 1)) == pytest.approx(p, abs=2e-4)
-    assert compare.t_test(np.zeros(n + 1), difference) == pytest.approx(p, abs=2e-4)
+    assert stats.t_test(difference, np.zeros(n + 1)) == pytest.approx(p, abs=2e-4)
+    assert stats.t_test(np.zeros(n + 1), difference) == pytest.approx(p, abs=2e-4)
 
 
 @pytest.mark.parametrize("a, b", [([], []), ([0.5], [0.1]), ([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])])
 def test_t_test_of_under_two_pairs_or_of_equal_differences_is_nan(a, b):
-    assert math.isnan(compare.t_test(a, b))
+    assert math.isnan(stats.t_test(a, b))
 
 
 def test_holm_multiplies_the_smallest_p_by_the_number_of_tests_and_keeps_the_order():
-    found = compare.holm([0.01, math.nan, 0.04, 0.03, 0.5])
+    found = stats.holm([0.01, math.nan, 0.04, 0.03, 0.5])
     assert found == pytest.approx([0.04, math.nan, 0.09, 0.09, 0.5], nan_ok=True)
-    assert compare.holm([0.6, 0.7]) == [1, 1]
+    assert stats.holm([0.6, 0.7]) == [1, 1]
 
 
 def test_pairs_share_their_seed_and_their_place_in_the_lists():
@@ -99,7 +99,7 @@ def test_pairs_share_their_seed_and_their_place_in_the_lists():
     mean, std, p, n = compare.paired(runs, ["a", "b"], ["c", "d"])
     expected = [0.1, 0.05, 0.2]
     assert (mean, std, n) == pytest.approx((np.mean(expected), np.std(expected, ddof=1), 3))
-    assert p == pytest.approx(compare.t_test(expected, [0, 0, 0]))
+    assert p == pytest.approx(stats.t_test(expected, [0, 0, 0]))
 
 
 def test_runs_that_no_pair_names_may_have_any_names(call, tmp_path):
@@ -140,7 +140,7 @@ def test_the_table_has_a_row_for_each_setting_and_pairs_by_seed(runs, call):
     rest = ["0.5000 +- 0.0000", "0.5000 +- 0.0000", "1.0000 +- 0.0000", "0.5000 +- 0.0000",
             "0.5000 +- 0.0000", "10 +- 0", "-"]
     a, b, c = rows
-    p = compare.t_test([0.6, 0.75], [0.5, 0.6])
+    p = stats.t_test([0.6, 0.75], [0.5, 0.6])
     assert a == ["0.3", "1.0", "none", "1 2 3", "0.6000 +- 0.1000", *rest, "0 of 6", "-", "-"]
     assert b[:5] == ["0.7", "1.0", "none", "1 2", "0.6750 +- 0.1061"]
     assert b[-3:] == ["0 of 4", f"{p:.2g}", f"{p:.2g}"]
