@@ -153,6 +153,15 @@ def open_nifti(path: Path) -> Volume:
     return Volume(shape[::-1], read, tuple(sides[::-1].tolist()), affines, axes)
 
 
+def slice_axis(shape: tuple[int, ...], spacing: tuple[float, ...]) -> str:
+    """The axis along which slices seem to lie, by the voxels and their sides in (x,y,z)."""
+    # Not z where another axis is 1.5 times as coarse, or has less than an eighth of its voxels:
+    # nearly cubic voxels and short stacks are no reason to warn.
+    if max(spacing) > 1.5 * spacing[2]:
+        return "xyz"[int(np.argmax(spacing))]
+    return "xyz"[int(np.argmin(shape))] if 8 * min(shape[:2]) < shape[2] else "z"
+
+
 def hdf5_file(path: Path):
     try:
         import h5py

@@ -32,7 +32,7 @@ from data import BadInput
 from evaluate import Model
 from extras.checks import writable
 from extras.figures import Figure, legend, show
-from extras.files import NIFTI, check_whole, load_nifti, voxels
+from extras.files import NIFTI, check_whole, load_nifti, slice_axis, voxels
 from extras.layouts import leave, listing
 from model import VQSeg
 
@@ -145,9 +145,10 @@ def read_scan(path: Path) -> tuple[nib.Nifti1Image, list[float], np.ndarray]:
     if len(file.shape) not in (3, 4) or 0 in file.shape:
         raise BadInput(f"{path}: has shape {file.shape}; store it as (x, y, z) or (x, y, z, t)")
     check_whole(path)
-    if max(sides) > 1.5 * sides[2]:
-        print(f"WARNING: {path}: slices seem to lie along its axis {'xyz'[sides.argmax()]}; store "
-              "them along the last, z, as in training")
+    axis = slice_axis(file.shape[:3], sides)
+    if axis != "z":
+        print(f"WARNING: {path}: slices seem to lie along its axis {axis}; store them along the "
+              "last, z, as in training")
     found = voxels(path, lambda: file.dataobj)
     return file, sides.tolist(), found.reshape(*found.shape[:3], -1).T
 
@@ -233,13 +234,13 @@ def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
         raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
     files = listing(scan)
     scans = [f for f in files if NIFTI.search(f.name) and f.parent == scan]
-    no_scans = [f for f in scans if re.search(r"_(gt|000[1-9])\.nii", f.name, re.I)]
-    leave(no_scans, "masks of ACDC, or other channels")
-    scans = [f for f in scans if f not in no_scans]
+    not_scans = [f for f in scans if re.search(r"_(gt|000[1-9])\.nii", f.name, re.I)]
+    leave(not_scans, "masks of ACDC, or other channels")
+    scans = [f for f in scans if f not in not_scans]
     if not scans:
         remedy = "convert others, or give the folder that does"
-        raise BadInput(f"--scan {scan}: holds no .nii or .nii.gz file; {remedy}")
-    others = [f for f in files if f not in scans + no_scans]
+        raise BadInput(f"--scan {scan}: holds no scan in .nii or .nii.gz; {remedy}")
+    others = [f for f in files if f not in scans + not_scans]
     if out.resolve().is_relative_to(scan.resolve()):  # earlier results need no mention
         others = [f for f in others if not f.resolve().is_relative_to(out.resolve())]
     leave([f for f in others if NIFTI.search(f.name)], "in a subfolder")

@@ -28,7 +28,7 @@ import torch
 import data
 import evaluate
 from data import BadInput
-from extras.files import NIFTI, check_whole, fault, open_volume, slabs
+from extras.files import NIFTI, check_whole, fault, open_volume, slabs, slice_axis
 from extras.layouts import Source, find, leave
 from extras.masks import class_names, mask_slabs
 
@@ -201,12 +201,9 @@ def warn_of_axes(sources: list[Source]) -> None:
         volume = open_volume(source.images)
         axes[volume.axes] += 1
         spacing, shape = volume.spacing[::-1], volume.shape[::-1]  # (x,y,z)
-        # Slices seem to lie along an axis that is 1.5 times as coarse as z, or has an eighth of its
-        # voxels: nearly cubic voxels and short stacks are no reason to warn.
-        if max(spacing) > 1.5 * spacing[2]:
-            odd.append((source.images[0], "xyz"[int(np.argmax(spacing))], shape, spacing))
-        elif 8 * min(shape[:2]) < shape[2]:
-            odd.append((source.images[0], "xyz"[int(np.argmin(shape))], shape, spacing))
+        axis = slice_axis(shape, spacing)
+        if axis != "z":
+            odd.append((source.images[0], axis, shape, spacing))
     if odd:
         file, axis, shape, spacing = odd[0]
         print(f"WARNING: {file}: slices seem to lie along its axis {axis} (shape {shape}, spacing "
