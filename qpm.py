@@ -59,7 +59,7 @@ def qpm_kl_bound(codebook: Tensor, eps: float, temperature: float = 1.0) -> Tens
     """
     d = F.pdist(codebook) / temperature  # (K(K-1)/2,) all i < j
     log_keep, log_replace = d.new_tensor([1 - eps, eps]).log()
-    return -torch.logaddexp(log_keep, log_replace + d.min() - d.max())  # exp would underflow
+    return -torch.logaddexp(log_keep, log_replace + d.min() - d.max())  # exp underflows at small T
 
 def check(eps: float, temperature: float = 1.0, codebook_size: int = 2) -> None:
     if not (0 <= eps <= 1 and temperature > 0 and codebook_size > 1):

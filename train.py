@@ -73,7 +73,8 @@ class Settings:
                           "D_s sees only tokens; dinov2: the paper's", [*NETWORKS, "dinov2"])
     width: int = option(24, "channels of the first level of the conv network", low=1, high=1024)
 
-# Section 4.2 and Eq. 8 to 12; `build` adds SGD, `open_data` 100 epochs. lr and alpha still rise.
+# Section 4.2 and Eq. 8 to 12; `build` adds SGD, `open_data` 100 epochs. As without --paper, lr and
+# alpha rise at first.
 PAPER = {"encoder": "dinov2", "fm": "dinov2", "codebook_size": 16384, "eps": 0.7, "lambda_a": 5.0,
          "lambda_u": 1.0, "lambda_rec": 1.0, "lambda_dice": 0.0, "lambda_usage": 0.0,
          "threshold": 0.0, "warmup": 0.0, "batch": 4, "lr": 1e-4}

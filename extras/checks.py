@@ -124,5 +124,5 @@ def same_volumes(began: dict, dataset: Dataset, part: str) -> None:
     # The same volumes, prepared again with other flags.
     for name in ("labels", "window", "eval_crop", "split"):
         if began[name] != getattr(dataset, name):
-            raise BadInput(f"--root: the {name} of the data is not as the run began with it; "
+            raise BadInput(f"--root: {name} of the data differs from what the run began with; "
                            "prepare the set as it was, or begin another run")

@@ -534,7 +534,7 @@ def test_resume_of_a_record_that_does_not_fit_the_checkpoint_is_refused(finished
     record["settings"]["codebook_size"] = 99
     (tmp_path / "config.json").write_text(json.dumps(record))
     (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes())
-    with pytest.raises(BadInput, match="last.pt: no whole .* or name the run.s own data"):
+    with pytest.raises(BadInput, match="last.pt: no whole .*, or name the run.s own data with"):
         train.train(train.read_settings(["--resume", str(tmp_path)]))
 
 
