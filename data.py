@@ -250,7 +250,7 @@ def strong_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """Intensity jitter, blur, noise, random in each slice: (B,1,H,W) -> (B,1,H,W) in [0,1]."""
     B = len(x)
     each = (B, 1, 1, 1)
-    # 1. Jitter: gamma, contrast about the mean, brightness.
+    # 1. Jitter: gamma and contrast 0.6 to 1.6, brightness.
     gamma, contrast = (torch.exp(uniform(-0.5, 0.5, each, generator)) for _ in range(2))
     brightness = uniform(-0.15, 0.15, each, generator)
     x = x.clamp_min(0) ** gamma
@@ -260,7 +260,7 @@ def strong_view(x: Tensor, generator: torch.Generator) -> Tensor:
     sigma = uniform(0.1, 1.5, (B, 1), generator)
     sigma = torch.where(uniform(0, 1, (B, 1), generator) < 0.5, sigma, 0.1)
     steps = torch.arange(-3, 4, device=x.device)
-    kernel = torch.softmax(-0.5 * (steps / sigma) ** 2, 1)  # (B,7)
+    kernel = torch.softmax(-0.5 * (steps / sigma) ** 2, 1)  # (B,7): Gaussian with sum 1
     x = F.pad(x.transpose(0, 1), (3,) * 4, mode="replicate")  # zeros would darken the edge
     x = F.conv2d(x, kernel[:, None, None, :], groups=B)  # slices as channels, each its kernel
     x = F.conv2d(x, kernel[:, None, :, None], groups=B).transpose(0, 1)

@@ -55,7 +55,7 @@ def segmentation_loss(logits: Tensor, y: Tensor, keep: Tensor | None = None,
 
 def labeled_loss(x_hat: Tensor, x: Tensor, y_hat: Tensor, y: Tensor, rec_weight: float = 1.0,
                  dice_weight: float = 0.0) -> BranchLoss:
-    """Eq. 8: L_l = L_rec(x_hat_l, x_l) + L_seg(y_hat_l, y_l)."""
+    """Eq. 8: L_l = L_rec(x_hat_l, x_l) + L_seg(y_hat_l, y_l), the first times rec_weight."""
     rec = reconstruction_loss(x_hat, x)
     seg = segmentation_loss(y_hat, y, dice_weight=dice_weight)
     return BranchLoss(rec_weight * rec + seg, rec, seg)
@@ -67,7 +67,7 @@ def pseudo_label(teacher_logits: Tensor, threshold: float = 0.0) -> PseudoLabel:
 
 def unlabeled_loss(x_hat: Tensor, x: Tensor, y_hat_perturbed: Tensor, pseudo: PseudoLabel,
                    rec_weight: float = 1.0, dice_weight: float = 0.0) -> BranchLoss:
-    """Eq. 9: L_u = L_rec(x_hat_u, x_u) + L_seg( D_s^S( q'(z_u^S) ), y~_u )."""
+    """Eq. 9: L_u = L_rec(x_hat_u, x_u) + L_seg( D_s^S( q'(z_u^S) ), y~_u ); rec_weight as above."""
     rec = reconstruction_loss(x_hat, x)
     seg = segmentation_loss(y_hat_perturbed, pseudo.label, pseudo.keep, dice_weight)
     return BranchLoss(rec_weight * rec + seg, rec, seg)

@@ -34,7 +34,7 @@ NETWORKS = {"conv16": (16, True), "conv8": (8, True), "conv4": (4, True), "conv4
 
 class Encoded(NamedTuple):
     z: Tensor  # (B,D,h,w) tokens; h = H/stride, with DINOv2 H/14
-    skips: list[Tensor]  # (B,c,H/2,W/2), (B,2c,H/4,W/4), ... to twice h; DINOv2: 3 like z
+    skips: list[Tensor]  # (B,c,H/2,W/2), (B,2c,H/4,W/4), ... (.,.,2h,2w); DINOv2: 3 like z
 
 class Decoded(NamedTuple):
     y_hat: Tensor  # (B,C,H,W) logits of D_s
@@ -65,7 +65,7 @@ class Upward(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
         for n, (narrow, level) in enumerate(zip(self.narrow, self.levels), 1):
             x = F.interpolate(narrow(x), scale_factor=2)
-            x = level(x + skips[-n] if skips else x)  # from deep to shallow
+            x = level(x + skips[-n]) if skips else level(x)  # skips from deep to shallow
         return x
 
 class Encoder(nn.Module):

@@ -5,8 +5,8 @@ and Appendix B. K codewords c_1 .. c_K of D channels, eps in [0,1], d Euclidean,
 
 The paper does not say:
   - the scale of d in Eq. 4. In many dimensions codewords are almost equally far apart; then exp(-d)
-    is nearly constant and Eq. 4 is uniform replacement. We divide d by a temperature T: 1 is the
-    paper's, T -> 0 takes the nearest other. So eps says how often a token changes, T how far.
+    is nearly constant and Eq. 4 is uniform replacement. We divide d by a temperature T: 1 is Eq. 4
+    as written, T -> 0 takes the nearest. So eps says how often a token changes, T how far.
   - which of two perturbations it means. The abstract shuffles the spatial locations of the indices
     (`shuffle`); Section 3.3 and Figure 3 resample each index from pi(.|i). Ours is the second.
   - what gradient a replaced token passes on. Ours: the identity, to the token that it replaces.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PROPOSALS = 16  # per token; unit codewords at T = 1 accept 1/4, so 1 % of the tokens accept none
+PROPOSALS = 16  # per token; unit codewords, T = 1: exp(-1.4) = 1/4 pass, 0.75^16 = 1 % find none
 
 def dropout_kl(p: Tensor) -> Tensor:
     """Eq. 1: KL(P||Q) = 1/2 ( p/(1-p) + log(1-p) ) of P = N(0,s^2), Q = N(0,(1-p)s^2); p < 1.
@@ -98,7 +98,7 @@ def shuffle(indices: Tensor, eps: float, generator: torch.Generator | None = Non
     flat = indices.reshape(B, h * w)
     order = torch.rand(B, h * w, generator=generator, device=indices.device).argsort(1)
     chosen = order[:, : round(eps * h * w)]  # (B,n) distinct positions in random order
-    # The k-th chosen index goes to the k-th of the same positions in ascending order.
+    # The chosen positions, sorted, take the chosen indices in random order.
     moved = flat.scatter(1, chosen.sort(1).values, flat.gather(1, chosen))
     return moved.reshape(B, h, w)
 

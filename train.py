@@ -7,8 +7,8 @@ The paper does not say:
   - which view the student sees: Eq. 7 lists q(z_a) and q'(z_u). Ours is the strong one. QPM
     perturbs the tokens of x_a, D_i makes x_u from q(z_a); teacher and frozen model see x_u.
   - any warm-up: of the unlabeled loss (`--warmup`), the learning rate (100 steps), alpha (890).
-  - what an epoch, "batch 4" and "decay 3e-5" are, nor momentum and power of the schedule. With
-    `--paper`: a pass over the unlabeled slices, 4 labeled and 4 unlabeled, weight decay, 0.9, 0.9.
+  - some settings. With `--paper` an epoch is a pass over the unlabeled slices, batch 4 is 4 labeled
+    and 4 unlabeled, "decay 3e-5" is weight decay; momentum and, always, the schedule's power: 0.9.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def train(s: Settings) -> Path:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        # At first alpha is smaller: the teacher must be near the student when its labels count.
+        # alpha rises from 0.1 to 0.99 in 890 steps, so that at first the teacher follows closely.
         ema_update(teacher, student, min(0.99, (1 + step) / (10 + step)))
 
         window.append({name: value.detach() for name, value in terms.items()})

@@ -44,23 +44,23 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
     return z + (codes - z).detach()
 
 def codebook_loss(z: Tensor, codes: Tensor, beta: float = 0.25) -> Tensor:
-    """|| sg(z) - e ||^2 + beta || z - sg(e) ||^2, summed over D, mean over tokens. Both (...,D)."""
-    codebook_term = (codes - z.detach()).square().sum(-1).mean()  # moves the codewords e
+    """|| sg(z) - e ||^2 + beta || z - sg(e) ||^2, sum over D, mean over tokens; sg: no gradient."""
+    codebook_term = (codes - z.detach()).square().sum(-1).mean()  # (...,D): moves e = codes
     commitment_term = (z - codes.detach()).square().sum(-1).mean()  # moves the tokens z
     return codebook_term + beta * commitment_term
 
 def usage_loss(z: Tensor, codebook: Tensor, temperature: float = 0.05) -> Tensor:
     """Mean entropy of each token's soft assignment minus entropy of the mean assignment, in nats.
 
-    Soft assignment: p(k|z) = softmax_k( -||z - c_k||^2 / temperature ). In [-log K, 0]: low when
-    each token is sure of its codeword and all codewords are used alike. z (N,D), codebook (K,D).
+    p(k|z) = softmax_k( -||z - c_k||^2 / temperature ), not the T of Eq. 4: 0.05 leaves about 5
+    likely k. In [-log K, 0]; low: tokens are sure, codewords used alike. z (N,D), codebook (K,D).
     """
     squared = z.square().sum(1, keepdim=True) - 2 * z @ codebook.T + codebook.square().sum(1)
     log_p = F.log_softmax(-squared / temperature, dim=1)  # (N,K)
     p = log_p.exp()
     mean_p = p.mean(0)  # (K,)
-    mean_entropy = -(mean_p * mean_p.clamp_min(1e-12).log()).sum()
-    return -(p * log_p).sum(1).mean() - mean_entropy
+    entropy_of_mean = -(mean_p * mean_p.clamp_min(1e-12).log()).sum()
+    return -(p * log_p).sum(1).mean() - entropy_of_mean
 
 def usage(counts: Tensor) -> tuple[float, float]:
     """Utilization (the share of codewords that occur) and perplexity (exp(entropy), the effective
@@ -78,7 +78,7 @@ class VectorQuantizer(nn.Module):
         self.usage_weight = usage_weight
         self.register_buffer("table", torch.randn(codebook_size, dim) * dim**-0.5)  # never trained
         self.linear = nn.Linear(dim, dim, bias=False)
-        nn.init.orthogonal_(self.linear.weight)  # at first only turns the table
+        nn.init.orthogonal_(self.linear.weight)  # at first only a rotation
         self.linear.requires_grad_(codebook_size > 0)
 
     @property

@@ -203,8 +203,9 @@ def draw_qpm(path: Path, trained: Tensor) -> None:
         sample = torch.arange(0, K, max(1, K // 64))
         means = [effective_neighbors(sample, book, t).mean() for t in temperatures]
         right.loglog(temperatures, means, label=f"{K} {label} codewords, D = {D}")
-        at_1 = effective_neighbors(sample, book, 1.0).mean()
-        print(f"{K} {label} codewords: Eq. 4 at T = 1 chooses among {at_1:.0f} effective neighbors")
+        for t in (1.0, 0.05):
+            n = effective_neighbors(sample, book, t).mean()
+            print(f"{K} {label} codewords: Eq. 4 at T = {t} chooses among {n:.0f}, exp(entropy)")
     right.axvline(1, color="gray", lw=0.8)
     right.set(title="effective neighbors of Eq. 4", xlabel="temperature T")
     right.legend(fontsize=8)
