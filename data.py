@@ -134,8 +134,8 @@ def read_acdc(root: Path, parts: tuple[str, ...]) -> tuple[list[Case], list[np.n
         places = ("", "training", "testing", "database/training", "database/testing")
         files = [file for place in places for file in (root / place / patient).glob("*")]
         pattern = rf"{patient}_frame\d+\.nii(\.gz)?"  # the numbers differ between patients
-        frames = sorted(f for f in files if re.fullmatch(pattern, f.name, re.I))
-        masks = [f.with_name(re.sub(r"(\.nii)", r"_gt\1", f.name, flags=re.I)) for f in frames]
+        frames = sorted(f for f in files if re.fullmatch(pattern, f.name))
+        masks = [f.with_name(f.name.replace(".nii", "_gt.nii")) for f in frames]
         if len(frames) != 2 or not all(mask.exists() for mask in masks):
             needed = f"two {patient}_frameXX.nii.gz, each with its _frameXX_gt.nii.gz"
             raise BadInput(f"{root}: {patient} is not as downloaded: {needed}; copy it again")

@@ -26,12 +26,6 @@ HDF5 = re.compile(r"\.(h5|hdf5)$", re.I)
 PNG = re.compile(r"\.png$", re.I)
 NPY = re.compile(r"\.npy$", re.I)
 FOREIGN = re.compile(r"\.(nrrd|nhdr|mha|mhd|dcm|dicom|ima|hdr|img|mgz|mgh|mnc)$", re.I)
-# What may be called .nii without being NIfTI: how it begins, its name, the remedy.
-SIGNATURES = [
-    (b"PK\x03\x04", "a zip archive", "unpack it"),
-    (b"version https://git-lfs", "a pointer of git-lfs", "fetch the file with: git lfs pull"),
-    (b"<", "a page of a web site", "download the file again, logged in"),
-]
 
 
 class Volume(NamedTuple):
@@ -64,64 +58,45 @@ def fault(path: Path, error: Exception) -> str:
     if not os.access(path, os.R_OK):
         return "cannot be read; allow it, or copy the file"
     reason = str(error).split("\n")[0] or type(error).__name__
-    return f"damaged ({reason}); copy the file again"
+    return f"damaged ({reason}); copy the file again, or convert it"
+
+
+def opened(path: Path):
+    """A file, through gzip where its content is compressed, whatever its name says."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if packed else open(path, "rb")
 
 
 def check_whole(path: Path) -> None:
     """Raises where a compressed file is damaged: nibabel does not look at the checksum."""
-    if path.name.lower().endswith(".gz"):
-        try:
-            with gzip.open(path) as file:
-                while file.read(2**22):
-                    pass
-        except (OSError, EOFError, zlib.error) as error:
-            raise BadInput(f"{path}: {fault(path, error)}") from None
-
-
-def what_it_is(path: Path) -> str:
-    """Of a file that does not open as NIfTI: what it is instead, and the remedy."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(400)
-        packed = content[:2] == b"\x1f\x8b"
-        if packed:
-            with gzip.open(path) as file:
-                content = file.read(400)
+        with opened(path) as file:
+            while file.read(2**22):
+                pass
     except (OSError, EOFError, zlib.error) as error:
-        return fault(path, error)
-    if content[:2] == b"\x1f\x8b":
-        return "is compressed twice; unpack it once with gunzip"
-    if not content:
-        return "is empty; copy the file again"
-    if content[344:347] == b"n+1" or content[4:7] == b"n+2":
-        if packed and not path.name.lower().endswith(".gz"):
-            return "is compressed; rename it to .nii.gz"
-        if not packed and path.name.lower().endswith(".gz"):
-            return "is not compressed; rename it to .nii"
-        return "has a damaged header; copy the file again"
-    for signature, name, remedy in SIGNATURES:
-        if content.startswith(signature):
-            return f"is {name}; {remedy}"
-    return "is not NIfTI, or damaged; copy the file again, or convert it to .nii.gz"
+        raise BadInput(f"{path}: {fault(path, error)}") from None
 
 
 def load_nifti(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
     """The opened file, its voxels not read yet, and the sides of a voxel in mm: (x,y,z)."""
     try:
-        with nib.openers.ImageOpener(path) as file:
-            start = file.read(540)
+        file = opened(path)  # kept open, or each slab is unpacked from the start
+        start = file.read(540)
         kinds = [kind for kind in (nib.Nifti1Image, nib.Nifti2Image)
                  if kind.header_class.may_contain_header(start)]
-        # nib.load does not find p1.Nii.gz. Kept open, or each slab is unpacked from the start.
-        image = kinds[0].from_file_map({"image": nib.FileHolder(path)}, keep_file_open=True)
+        if not kinds:
+            raise ValueError("not NIfTI, by its first bytes")
+        file.seek(0)
+        image = kinds[0].from_file_map({"image": nib.FileHolder(fileobj=file)})
         # The header as it is: nibabel makes 1 mm of a voxel size of 0.
         header = kinds[0].header_class(start[: image.header.sizeof_hdr], check=False)
         if not np.isfinite(image.affine).all():
-            raise ValueError
+            raise ValueError("the affine is not finite")
         sform = image.header.get_sform(coded=True)[0]
         image.header.get_qform(coded=True)  # fails where the quaternion is not valid
-    except Exception:  # a damaged file can make a library fail in any way
-        raise BadInput(f"{path}: {what_it_is(path)}") from None
+    except Exception as error:  # a damaged file can make a library fail in any way
+        raise BadInput(f"{path}: {fault(path, error)}") from None
     unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # meters, micrometers
     choices = [np.asarray(header["pixdim"][1:4], float)]
     if sform is not None:
@@ -138,10 +113,8 @@ def load_nifti(path: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
 def open_nifti(path: Path) -> Volume:
     file, sides = load_nifti(path)
     shape = file.shape[:3] if file.shape[3:] == (1,) else file.shape
-    if len(shape) == 2:
-        raise BadInput(f"{path}: is one slice of shape {shape}; store it as (x, y, 1)")
-    if len(shape) != 3 or 0 in shape:
-        remedy = "store one volume a file, and of a one-hot mask its class numbers"
+    if len(shape) != 3 or 0 in shape:  # one slice, a series, or a one-hot mask
+        remedy = "store one volume a file (a slice as (x, y, 1)), of a mask its class numbers"
         raise BadInput(f"{path}: has shape {shape}, not (x, y, z); {remedy}")
     qform = file.header.get_qform(coded=True)[0]
     affines = (file.affine,) if qform is None else (file.affine, qform)

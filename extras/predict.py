@@ -33,7 +33,7 @@ from evaluate import Model
 from extras.checks import writable
 from extras.figures import Figure, legend, show
 from extras.files import NIFTI, check_whole, load_nifti, slice_axis, voxels
-from extras.layouts import leave, listing
+from extras.layouts import leave, of_kind
 from model import VQSeg
 
 # Test-time augmentation: rotations (radians) and scales, well inside of what training shows.
@@ -71,11 +71,8 @@ def extended(model: VQSeg, saved: dict, flags: dict) -> tuple:
     """For `evaluate.py`: the network, the post-processing, and the names of what was asked for."""
     network = model.predict
     if flags["eps"]:  # QPM at test time: how much the decoder needs its tokens
-        if not 0 <= flags["eps"] <= 1:
-            raise BadInput(f"--eps {flags['eps']}: must be 0 to 1")
-        if len(model.quantizer.table) < 2:
-            fault = "the run has fewer than two codewords; leave the flag out"
-            raise BadInput(f"--eps {flags['eps']}: {fault}")
+        if not 0 <= flags["eps"] <= 1 or len(model.quantizer.table) < 2:
+            raise BadInput(f"--eps {flags['eps']}: must be 0 to 1, of a run with a codebook")
         T = saved["settings"]["temperature"]
         g = torch.Generator(model.quantizer.table.device).manual_seed(0)
         network = partial(model.predict, how="qpm", eps=flags["eps"], temperature=T, generator=g)
@@ -232,19 +229,14 @@ def pair_files(scan: Path, out: Path) -> list[tuple[Path, Path]]:
         return [(scan, out)]
     if out.exists() and (not out.is_dir() or out.samefile(scan)):
         raise BadInput(f"--out {out}: must be a folder, and another one than that of the scans")
-    files = listing(scan)
-    scans = [f for f in files if NIFTI.search(f.name) and f.parent == scan]
+    files = sorted(f for f in scan.iterdir() if not f.name.startswith(".") and f != out)
+    scans = of_kind(files, NIFTI, "NIfTI")
     not_scans = [f for f in scans if re.search(r"_(gt|000[1-9])\.nii", f.name, re.I)]
     leave(not_scans, "masks of ACDC, or other channels")
     scans = [f for f in scans if f not in not_scans]
     if not scans:
         remedy = "convert others, or give the folder that does"
         raise BadInput(f"--scan {scan}: holds no scan in .nii or .nii.gz; {remedy}")
-    others = [f for f in files if f not in scans + not_scans]
-    if out.resolve().is_relative_to(scan.resolve()):  # earlier results need no mention
-        others = [f for f in others if not f.resolve().is_relative_to(out.resolve())]
-    leave([f for f in others if NIFTI.search(f.name)], "in a subfolder")
-    leave([f for f in others if not NIFTI.search(f.name)], "no NIfTI")
     return [(f, out / f.name) for f in scans]
 
 

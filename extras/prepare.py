@@ -116,12 +116,9 @@ def write(sources: list[Source], folder: Path, values: list[int], window, bits: 
     """images.npy, masks.npy and masks/NUMBER.nii.gz; returns the cases of dataset.json."""
     N = sum(open_volume(source.images).shape[0] for source in sources)
     kind = np.dtype(np.uint8 if bits == 8 else np.float16)
-    needed = (kind.itemsize + 1) * N * data.GRID**2
-    if shutil.disk_usage(folder).free < needed:
-        raise BadInput(f"--out: needs {needed / 2**30:.3f} GB; make room, or name another disk")
     (folder / "masks").mkdir()
     cases, first = [], 0
-    # Not memory-mapped: where the disk is full after all, that ends the process without a word.
+    # Not memory-mapped: where the disk is full, that ends the process without a word.
     with open(folder / "images.npy", "wb") as images, open(folder / "masks.npy", "wb") as masks:
         for file, dtype in ((images, kind), (masks, np.dtype(np.uint8))):
             head = {"descr": dtype.str, "fortran_order": False, "shape": (N, data.GRID, data.GRID)}

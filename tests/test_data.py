@@ -79,12 +79,6 @@ def test_each_frame_lands_in_its_rows_slices_first_and_transposed(acdc):
     assert torch.equal(dataset.masks[rows], data.to_grid(torch.from_numpy(mask.T.copy())))
 
 
-def test_the_case_of_an_ending_does_not_matter(acdc):
-    for file in sorted(acdc.rglob("patient001*.nii.gz")):
-        file.rename(file.with_name(file.name.replace("nii.gz", "Nii.GZ")))
-    assert len(load(acdc).cases) == 6
-
-
 def test_spacing_is_the_headers_and_not_the_unit_scales_of_the_affine(acdc):
     assert load(acdc).cases[0].spacing == pytest.approx((9.0, 1.3, 1.4))
 
@@ -215,14 +209,6 @@ def test_the_grid_keeps_the_aspect_ratio_and_centers_the_slice():
     grid = data.to_grid(torch.ones(1, 100, 50))
     assert grid.shape == (1, 240, 240)
     assert grid[0, :, 60:180].min() == 1 and grid[0, :, :60].max() == grid[0, :, 180:].max() == 0
-
-
-def test_a_mask_comes_back_from_the_grid():
-    y, x = np.mgrid[:180, :150]
-    mask = torch.from_numpy((np.hypot(y - 85, x - 70) < 30).astype(np.uint8))[None]
-    crop = data.crop_center(data.to_grid(mask)).float()
-    back = data.to_native(torch.stack([1 - crop, crop], 1), (180, 150)).argmax(1)
-    assert 2 * (back * mask).sum() / (back.sum() + mask.sum()) > 0.97
 
 
 def test_the_grid_keeps_each_place_and_averages_where_it_shrinks():

@@ -160,12 +160,6 @@ def test_names_of_any_letters_go_into_the_csv(tmp_path, name):
     assert found == name.encode("utf-8", "backslashreplace").decode()  # bytes of Latin-1 readable
 
 
-def test_evaluate_scores_each_volume_of_a_part(hearts):
-    found = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"), distances=False)
-    assert [(r.case, r.label) for r in found] == [
-        (case.name, label) for case in hearts.part("val") for label in ("RV", "Myo", "LV")]
-
-
 def test_distances_in_mm_take_the_spacing_and_each_volume_is_printed(hearts, capsys):
     voxels = evaluate.evaluate(lv_is_brightest, hearts, "val", torch.device("cpu"))
     lines = capsys.readouterr().out.splitlines()

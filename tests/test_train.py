@@ -182,14 +182,9 @@ def test_the_supervised_student_has_neither_codebook_nor_image_branch_nor_adapte
 
 
 def test_a_new_perturbation_is_one_function_and_one_entry(step, monkeypatch):
-    def exchange(q, i, c, eps, T, g):
-        """Two images of the batch exchange their tokens."""
-        return qpm.replace(q, i.flip(0), c)
-
-    monkeypatch.setitem(qpm.PERTURBATIONS, "exchange", exchange)
-    s = replace(step.s, perturb="exchange")
-    seg_u = [step.loss(s=replace(s, perturb=how))[1]["seg_u"] for how in ("exchange", "none")]
-    assert seg_u[0] != seg_u[1]
+    monkeypatch.setitem(qpm.PERTURBATIONS, "zero", lambda q, *others: 0 * q)
+    zero = step.loss(s=replace(step.s, perturb="zero"))[1]["seg_u"]
+    assert zero != step.loss()[1]["seg_u"]
 
 
 def test_supervised_loss_is_l_seg_and_nothing_else():
@@ -333,11 +328,6 @@ def same(a: dict, b: dict) -> bool:
     return all(torch.equal(x, y) for x, y in parts)
 
 
-def test_a_run_folder_holds_the_record_the_checkpoints_and_the_scores(finished):
-    names = {file.name for file in finished[0].iterdir()}
-    assert names >= {"config.json", "log.jsonl", "last.pt", "best.pt", "val.csv"}
-
-
 def test_outside_git_the_commit_is_unknown(tmp_path, monkeypatch):
     (tmp_path / "no git's").mkdir()
     monkeypatch.setattr(train, "__file__", str(tmp_path / "no git's" / "train.py"))
@@ -354,16 +344,10 @@ def test_the_log_has_all_terms_and_the_use_of_the_codebook(finished):
 
 
 def test_masks_of_unlabeled_slices_are_never_read(finished, unscored, tmp_path, monkeypatch):
-    original = data.load
-
-    def corrupted(*given):
-        dataset = original(*given)
-        unlabeled = [case for case in dataset.cases if case.patient == "patient004"]
-        for case in unlabeled:
-            dataset.masks[case.first : case.first + case.shape[0]] = 3
-        return dataset
-
-    monkeypatch.setattr(data, "load", corrupted)
+    dataset = data.load("phantom")
+    unlabeled = [case for case in dataset.cases if case.patient == "patient004"]
+    dataset.masks[dataset.rows(unlabeled)] = 3
+    monkeypatch.setattr(data, "load", lambda *given: dataset)
     assert same(finished[1], run(tmp_path))
 
 
@@ -451,10 +435,6 @@ def test_paper_has_sgd_with_momentum_and_weight_decay():
     optimizer = built("--paper", "--encoder", "conv16", "--fm", "none")[4]
     assert isinstance(optimizer, torch.optim.SGD)
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 3e-5)
-
-
-def test_a_flag_beside_paper_wins():
-    assert train.read_settings(["--paper", "--eps", "0.5"]).eps == 0.5
 
 
 def test_the_papers_encoder_does_not_take_the_weights_of_another_foundation_model(monkeypatch):

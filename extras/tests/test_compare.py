@@ -173,10 +173,6 @@ def test_the_same_seed_twice_in_a_row_is_refused(runs, call):
     assert status == 2 and "a-1: has the settings and the seed of a-1" in err
 
 
-def test_a_class_that_is_nowhere_leaves_no_nan_in_the_means(tmp_path):
-    assert compare.read_run(write_run(tmp_path / "r", [math.nan, 0.5])).dice == 0.5
-
-
 # -- Records
 
 
@@ -255,9 +251,10 @@ def test_a_sweep_has_a_curve_for_each_other_setting_and_dashes_constants(tmp_pat
     assert drawn == [qpm, ("--", 0.4)]
 
 
-def test_the_command_line_draws_a_sweep(runs, tmp_path, call):
-    assert call(*runs, "--sweep", "eps", "--figure", tmp_path / "eps.png")[0] == 0
-    assert (tmp_path / "eps.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("flags", [("--sweep", "eps"), ("--curves", "a b", "--curves", "c")])
+def test_the_command_line_draws_sweeps_and_curves(runs, tmp_path, call, flags):
+    assert call(*runs, *flags, "--figure", tmp_path / "f.png")[0] == 0
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -286,11 +283,6 @@ def test_curves_show_mean_and_range_over_seeds_in_a_panel_each(tmp_path, monkeyp
     assert b == ("b", [5, 10], pytest.approx([0.75, 0.5]))
     assert band == ([5, 10], pytest.approx([0.25, 0.1]), pytest.approx([0.75, 0.5]))
     assert panel == "panel" and (tmp_path / "c.png").exists()
-
-
-def test_the_command_line_draws_curves(runs, tmp_path, call):
-    assert call(*runs, "--curves", "a b", "--curves", "c", "--figure", tmp_path / "c.png")[0] == 0
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name, message", [("x", "no run x-SEED"), ("a", "at different steps")])

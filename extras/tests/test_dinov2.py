@@ -53,11 +53,10 @@ def vit(file):
     return dinov2.load_dinov2(file).eval()
 
 
-@pytest.mark.parametrize("size, C, depth, entries", [
-    ("small", 384, 12, 175), ("base", 768, 12, 175), ("large", 1024, 24, 343)])
-def test_parameters_have_the_official_names_and_shapes(size, C, depth, entries):
+@pytest.mark.parametrize("C, depth, entries", [(384, 12, 175), (768, 12, 175), (1024, 24, 343)])
+def test_parameters_have_the_official_names_and_shapes(C, depth, entries):
     with torch.device("meta"):
-        net = dinov2.DINOv2(size)
+        net = dinov2.DINOv2(C)
     found = {name: tuple(t.shape) for name, t in net.state_dict().items()}
     assert found == official_shapes(C, depth) and len(found) == entries and net.channels == C
 
@@ -108,10 +107,6 @@ def reference(state: dict, x: torch.Tensor) -> torch.Tensor:
 def test_features_equal_pytorchs_own_transformer_in_float64(vit, state, size):
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
     assert (vit.taps(x, (11,))[0] - reference(state, x)).abs().max() < 1e-4
-
-
-def test_a_grid_of_37_x_37_patches_has_the_positions_as_they_are(vit):
-    assert torch.equal(vit.positions(37, 37), vit.pos_embed)
 
 
 @torch.no_grad()
@@ -261,15 +256,11 @@ WRONG = {
     "cut off": (b"PK\3\4 half of it", "not a PyTorch file"),
     "more than tensors": (Namespace(lr=1), "not a PyTorch file of tensors alone"),
     "TorchScript": (CONVOLUTION, "is a TorchScript file; add --fm torchscript"),
-    "tensor": (torch.zeros(3), "holds a Tensor and not a state dict"),
-    "checkpoint": ({"optimizer": {}}, "not a flat DINOv2 state dict: optimizer is .'not a tensor'"),
-    "missing": ({"norm.bias": None}, "not a flat .*: norm.bias is missing, should be .384,"),
-    "unexpected": ({"head.bias": torch.zeros(2)}, "head.bias is .2,., should be absent"),
-    "shape": ({"mask_token": torch.zeros(1, 5)}, "mask_token is .1, 5., should be .1, 384"),
-    "chunks": ({"blocks.0.0.ls1.gamma": torch.zeros(1)}, "chunked .*to be renamed blocks.B"),
-    "registers": ({"register_tokens": torch.zeros(1)}, "DINOv2 with registers"),
-    "DINOv3": ({"storage_tokens": torch.zeros(1)}, "DINOv3"),
-    "width": ({"cls_token": torch.zeros(1, 1, 500)}, "unknown width: cls_token is .1, 1, 500"),
+    "list": ([torch.zeros(3)], "not a flat DINOv2 state dict"),
+    "checkpoint": ({"optimizer": {}}, "Unexpected .*optimizer.*; get"),
+    "missing": ({"norm.bias": None}, "Missing .*norm.bias.*; get"),
+    "shape": ({"mask_token": torch.zeros(1, 5)}, "size mismatch for mask_token"),
+    "width": ({"cls_token": torch.zeros(1, 1, 500)}, "not a flat DINOv2 state dict .500.; get"),
 }
 
 
