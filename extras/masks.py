@@ -36,6 +36,8 @@ def class_names(root: Path, text: str, how: str, sources: list[Source]) -> dict[
     labels = {name: int(value) for name, value in numbered}
     if not 2 <= len(labels) <= 255 or not len(labels) == len(pairs) == len({*labels.values()}):
         raise BadInput(f"{where}: give 2 to 255 classes, each NAME=NUMBER with both its own")
+    if "background" in [*labels][1:]:
+        raise BadInput(f"{where}: the first class is the background; put it there")
     return labels
 
 
@@ -48,7 +50,7 @@ def nnunet_classes(file: Path) -> list[tuple[str, int]]:
         numbered = [(str(name), int(str(number))) for name, number in pairs]
     except Exception:  # a damaged file can fail in any way
         remedy = "allow it to be read, correct it, or give --classes"
-        raise BadInput(f"{file}: has no labels as nnU-Net writes them; {remedy}") from None
+        raise BadInput(f"{file}: its labels are no names with a number each; {remedy}") from None
     if "ignore" in dict(numbered):
         raise BadInput(f"{file}: pixels to ignore cannot be left out; change them, or --classes")
     return sorted(numbered, key=lambda pair: pair[1])

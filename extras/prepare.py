@@ -58,8 +58,7 @@ def make_split(root: Path, sources: list[Source], how: str, seed: int) -> dict[s
         end = val + (0 if test else round(0.2 * len(order)))
         split = {"train": order[end:], "val": order[:val], "test": test or order[val:end]}
         split["train"] += [p for p in patients if p not in masked + test]
-    if how != "acdc":
-        split["train"].sort(key=lambda patient: patient not in masked)
+    split["train"].sort(key=lambda patient: patient not in masked)
     for part in ("val", "test"):  # without a mask nothing can be scored
         split[part] = [p for p in split[part] if p in masked]
     for patient, times in Counter(sum(split.values(), [])).items():

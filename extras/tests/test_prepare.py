@@ -164,6 +164,17 @@ def test_acdc_as_downloaded_keeps_the_fields_split(tmp_path, monkeypatch):
     assert dataset.split["val"] == ["patient003"]
 
 
+def test_the_first_of_acdcs_list_with_a_mask_are_labeled(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ACDC_SPLIT", {"train": ["001", "002"], "val": ["003"], "test": []})
+    for n in (1, 2, 3):
+        file = tmp_path / "acdc" / f"patient00{n}" / f"patient00{n}_frame01.nii.gz"
+        save(file, volume(n)[0])
+        if n > 1:
+            save(file.with_name(f"patient00{n}_frame01_gt.nii.gz"), volume(n)[1])
+    few, _ = run(tmp_path / "acdc", "--split", "acdc").training(1)
+    assert [case.patient for case in few] == ["patient002"]
+
+
 def test_hdf5_slices_are_joined_in_the_order_of_their_numbers(tmp_path):
     h5py = pytest.importorskip("h5py")
     root = tmp_path / "ssl4mis" / "data" / "slices"
@@ -470,6 +481,11 @@ def test_classes_that_are_none_are_refused(pairs, capsys, classes):
     assert "each NAME=NUMBER with both its own" in refusal(pairs, capsys, "--classes", classes)
 
 
+def test_the_background_is_the_first_class_or_is_refused(pairs, capsys):
+    said = refusal(pairs, capsys, "--classes", "LV=3,background=0")
+    assert "the first class is the background" in said
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--window", "5", "-1"], "the second number must be the larger"),
     (["--window", "nan", "1"], "the second number"), (["--window", "0", "inf"], "the second"),
@@ -484,7 +500,7 @@ IGNORED = b'{"labels": {"background": 0, "muscle": 1, "ignore": 2}}'
 
 
 @pytest.mark.parametrize("content, said", [
-    *((content, "has no labels as nnU-Net writes them; allow it to be read") for content in (
+    *((content, "its labels are no names with a number each; allow it to be read") for content in (
         b"{", b"[" * 100_000, b"{}", b'{"labels": null}', b'{"labels": ["a", "b"]}',
         b'{"labels": {"background": 0, "all": [1, 2]}}', '{"labels": {}}'.encode("utf-16"))),
     (IGNORED, "pixels to ignore cannot be left out; change them, or --classes")])
