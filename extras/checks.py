@@ -83,8 +83,8 @@ def rehearse(folder: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device
 
     Their numbers mean nothing: `folder` is hidden, and is removed afterwards.
     """
-    for case in dataset.part("val"):
-        read_mask(case, len(dataset.labels))
+    if not any([read_mask(case, len(dataset.labels)).any() for case in dataset.part("val")]):
+        raise BadInput("val: no mask shows a class, nothing can be scored; change the split")
     one = dataset._replace(split=dataset.split | {"val": [dataset.part("val")[0].patient]})
     with redirect_stdout(io.StringIO()):
         rows = evaluate.evaluate(teacher.predict, one, "val", device, distances=False)

@@ -55,6 +55,12 @@ def test_a_bad_mask_is_refused_before_the_training_and_nothing_remains(begin, he
     assert remains == left
 
 
+def test_validation_masks_without_any_class_are_refused_before_the_training(begin, hearts):
+    empty = [c._replace(mask=np.zeros(c.shape)) for c in hearts.cases]
+    with pytest.raises(BadInput, match="val: no mask shows a class, nothing can be scored"):
+        begin(hearts._replace(cases=empty))
+
+
 @pytest.mark.parametrize("changes", [{"shape": (1, 2, 3)}, {"name": "another"},
                                      {"patient": "patient002"}])
 def test_data_that_are_not_those_of_the_run_are_refused(begin, hearts, changes):
