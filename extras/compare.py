@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import math
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -82,8 +83,13 @@ def read_run(run: Path) -> Record:
         exchanged = round(class_means(read_rows(run / "val-eps1.0.csv")[0])["mean"][0], 5)
     settings = config["settings"] | {name: config[name] for name in ("processes", "precision")}
     settings["data"] = Path(settings["data"]).name  # sets/prepared/ and prepared are one
+    if settings["data"] not in ("acdc", "phantom"):  # two sets of one name are two
+        content = [config[name] for name in ("labels", "split", "eval_crop", "window", "volumes")]
+        settings["data"] += f"-{zlib.crc32(json.dumps(content).encode()):08x}"
     learned = {name: value for name, value in settings.items() if name not in NEUTRAL}
     val_log = [line for line in log if "val_dice" in line]
+    if val_log[-1]["step"] != settings["steps"]:
+        raise ValueError("stopped before its last step")
     best = max(val_log, key=lambda line: line["val_dice"])
     usage = [(math.nan, math.nan)]  # where there is no codebook
     usage += [(line["used"], line["perplexity"]) for line in log if "used" in line]

@@ -22,9 +22,11 @@ HEADER = "case,label,dice,jaccard,hd95,asd,empty\n"
 def write_run(folder, dices, seed=1, **settings):
     """A run folder by hand: one volume, and a class for each Dice."""
     folder.mkdir()
-    settings = {"data": "acdc", "seed": seed, "device": "cuda:1", "out": str(folder)} | settings
+    own = {"data": "acdc", "steps": 10, "seed": seed, "device": "cuda:1", "out": str(folder)}
+    settings = own | settings
     config = {"settings": settings, "fm": "none", "commit": "abc", "processes": 1,
-              "precision": "float32"}
+              "precision": "float32", "labels": [], "split": {}, "eval_crop": 160, "window": None,
+              "volumes": {}}
     log = [{"step": 5, "used": 0.25, "perplexity": 7.5}, {"step": 5, "val_dice": 0.75},
            {"step": 10, "used": 0.5, "perplexity": 9.5}, {"step": 10, "val_dice": 0.5}]
     rows = [f"a,{k},{dice},0.5,{k}.0,1.0,{dice == 0}\n" for k, dice in enumerate(dices)]
@@ -129,6 +131,11 @@ def test_pairs_that_cannot_be_made_are_refused(more, less, message):
 # -- The table
 
 
+def test_a_run_that_stopped_early_is_refused(tmp_path, call):
+    status, _, err = call(write_run(tmp_path / "r", [0.5], steps=11))
+    assert status == 2 and "stopped before its last step" in err
+
+
 def test_the_table_has_a_row_for_each_setting_and_pairs_by_seed(runs, call):
     status, out, _ = call(*runs)
     head, rule, *rows = [line.strip("| \n").split(" | ") for line in out.splitlines()]
@@ -161,6 +168,13 @@ def test_a_prepared_set_is_the_same_by_whatever_path_it_was_named(tmp_path):
     paths = ["prepared", "prepared/", "/home/sets/prepared", "../sets/prepared"]
     runs = [write_run(tmp_path / f"a-{k}", [0.5], k, data=path) for k, path in enumerate(paths)]
     assert len(compare.by_settings([compare.read_run(run) for run in runs])) == 1
+
+
+def test_two_prepared_sets_of_one_name_are_two_rows(tmp_path):
+    runs = [write_run(tmp_path / f"a-{k}", [0.5], k, data="prepared") for k in (1, 2)]
+    config = json.loads((runs[0] / "config.json").read_text())
+    (runs[0] / "config.json").write_text(json.dumps(config | {"window": [0, 1]}))
+    assert len(compare.by_settings([compare.read_run(run) for run in runs])) == 2
 
 
 def test_runs_with_other_foundation_models_are_rows_of_their_own():
