@@ -279,7 +279,7 @@ def draw_all(args: argparse.Namespace) -> None:
     torch.manual_seed(s["seed"])
     untrained = VQSeg(**saved["network"]).eval()
     if s["encoder"] == "dinov2":
-        untrained.encoder.load_pretrained(s["fm_weights"])
+        untrained.encoder.load_pretrained("" if s["fm"] == "torchscript" else s["fm_weights"])
     draw_model(args.out / "model.png", model, dataset, s["temperature"])
     draw_qpm(args.out / "qpm.png", model.quantizer.codebook.detach())
     draw_codebook(args.out / "vq.png", {"before": untrained, "after": model}, dataset)

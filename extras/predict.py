@@ -210,11 +210,11 @@ def predict_file(model: Model, saved: dict, scan: Path, out: Path, device: torch
 
 
 def milliliters(found: list[np.ndarray], voxel: float, names: list[str]) -> str:
-    """The size of each class at each time point. voxel: the size of one in mm^3."""
+    """Each class, its value in the file, its size at each time point. voxel: one's size in mm^3."""
     sizes = []
     for k, name in enumerate(names[1:], start=1):
         numbers = [f"{(labels == k).sum() * voxel / 1000:.1f}" for labels in found]
-        sizes.append(f"{name} {' '.join(numbers)} ml")
+        sizes.append(f"{name} ({k}) {' '.join(numbers)} ml")
     return ", ".join(sizes)
 
 

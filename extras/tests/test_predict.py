@@ -147,7 +147,8 @@ def test_a_run_segments_a_scan_as_its_evaluation_does(runs, tmp_path, monkeypatc
 
 def test_milliliters_are_voxels_times_their_size():
     found = [np.array([[[0, 1, 1, 2]]]), np.array([[[0, 0, 1, 0]]])]
-    assert predict.milliliters(found, 500.0, ["bg", "RV", "LV"]) == "RV 1.0 0.5 ml, LV 0.5 0.0 ml"
+    sizes = predict.milliliters(found, 500.0, ["bg", "RV", "LV"])
+    assert sizes == "RV (1) 1.0 0.5 ml, LV (2) 0.5 0.0 ml"
 
 
 @pytest.mark.parametrize("pixdim", [(0, 0, 0), (1, 1, 1), (np.nan, 2, 8)])
@@ -158,7 +159,7 @@ def test_milliliters_take_the_affine_where_the_header_has_no_voxel_size(tmp_path
     (tmp_path / "a.nii").write_bytes(raw)
     found = predict.predict_file(by_brightness, SAVED, tmp_path / "a.nii", tmp_path / "o.nii", CPU)
     dark, bright = ((TRUTH == k).sum() * 0.016 for k in (1, 2))
-    assert found == f"dark {dark:.1f} ml, bright {bright:.1f} ml"
+    assert found == f"dark (1) {dark:.1f} ml, bright (2) {bright:.1f} ml"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_a_scan_is_read(tmp_path, call,
