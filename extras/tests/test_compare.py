@@ -195,7 +195,7 @@ def test_a_record_has_the_best_step_and_the_last_use_of_the_codebook(runs):
     assert (found.run, found.commit, found.seed, found.scored) == ("a-1", "abc", 1, 2)
     assert (found.utilization, found.perplexity, found.best_step) == (0.5, 9.5, 5)
     assert found.val_log == LOG and found.last == 0.5
-    learned = {"data": "acdc", "eps": 0.3, "temperature": 1.0}
+    learned = {"data": "acdc", "steps": 10, "eps": 0.3, "temperature": 1.0}
     assert json.loads(found.settings) == learned | {"processes": 1, "precision": "float32"}
 
 
