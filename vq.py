@@ -45,7 +45,7 @@ def straight_through(z: Tensor, codes: Tensor) -> Tensor:
 
 def codebook_loss(z: Tensor, codes: Tensor, beta: float = 0.25) -> Tensor:
     """|| sg(z) - e ||^2 + beta || z - sg(e) ||^2, sum over D, mean over tokens; sg: no gradient."""
-    codebook_term = (codes - z.detach()).square().sum(-1).mean()  # (...,D): moves e = codes
+    codebook_term = (codes - z.detach()).square().sum(-1).mean()  # moves the codes e; (...,D) as z
     commitment_term = (z - codes.detach()).square().sum(-1).mean()  # moves the tokens z
     return codebook_term + beta * commitment_term
 

@@ -83,6 +83,7 @@ def rehearse(folder: Path, teacher: VQSeg, dataset: Dataset, saved: dict, device
 
     Their numbers mean nothing: `folder` is hidden, and is removed afterwards.
     """
+    # A list, so that each mask is read and a bad one is found now.
     if not any([read_mask(case, len(dataset.labels)).any() for case in dataset.part("val")]):
         raise BadInput("val: no mask shows a class, nothing can be scored; change the split")
     one = dataset._replace(split=dataset.split | {"val": [dataset.part("val")[0].patient]})
