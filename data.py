@@ -51,8 +51,8 @@ class BadInput(Exception):
     """The user's input cannot be used. One line: which file or flag, what is wrong, the remedy."""
 
 def extra(name: str):
-    """A module of the folder extras; None where that has been deleted."""
-    found = Path(__file__).with_name("extras").is_dir()
+    """A module of the folder extras; None where it has been deleted."""
+    found = Path(__file__).parent.joinpath("extras", f"{name}.py").exists()
     return importlib.import_module(f"extras.{name}") if found else None
 
 class Case(NamedTuple):
@@ -69,7 +69,7 @@ class Dataset(NamedTuple):
     labels: list[str]  # class names, background first
     split: dict[str, list[str]]  # train, val, test -> patients; of train, labeled ones come first
     labeled: int  # how many patients of train are labeled by default
-    eval_crop: int  # pixels that evaluation sees; a multiple of 16
+    eval_crop: int  # pixels that evaluation sees; a multiple of 16, at least 32
     window: tuple[float, float] | None  # intensities that become 0 and 1; None: minimum and maximum
     cases: list[Case]
     images: Tensor  # (N,G,G) float32 or float16 in [0,1]
@@ -128,10 +128,10 @@ def load_prepared(folder: Path) -> Dataset:
         raise BadInput(f"{folder}: unreadable ({error}); allow it, or prepare it again") from None
 
 def read_acdc(root: Path, parts: tuple[str, ...]) -> tuple[list[Case], list[np.ndarray]]:
-    """patientNNN/patientNNN_frameXX[_gt].nii[.gz], also below training/, testing/ or database/."""
+    """patientNNN/patientNNN_frameXX[_gt].nii[.gz], also below training/ or database/training/."""
     cases, images = [], []
     for patient in [f"patient{number}" for part in parts for number in ACDC_SPLIT[part]]:
-        places = ("", "training", "testing", "database/training", "database/testing")
+        places = ("", "training", "database/training")
         files = [file for place in places for file in (root / place / patient).glob("*")]
         pattern = rf"{patient}_frame\d+\.nii(\.gz)?"  # the numbers differ between patients
         frames = sorted(f for f in files if re.fullmatch(pattern, f.name))

@@ -83,7 +83,7 @@ def test_spacing_is_the_headers_and_not_the_unit_scales_of_the_affine(acdc):
     assert load(acdc).cases[0].spacing == pytest.approx((9.0, 1.3, 1.4))
 
 
-@pytest.mark.parametrize("place", ["", "testing", "database/training"])
+@pytest.mark.parametrize("place", ["", "training", "database/training"])
 def test_patients_are_found_where_the_download_has_them(acdc, place):
     (acdc / "elsewhere" / place).parent.mkdir(parents=True, exist_ok=True)
     (acdc / "training").rename(acdc / "elsewhere" / place)
@@ -339,6 +339,12 @@ def test_each_phantom_has_all_classes_and_a_heart_that_beats():
     cases, _ = data.phantoms(("train",))
     assert all(set(np.unique(case.mask)) == {0, 1, 2, 3} for case in cases)
     assert all((a.mask == 3).sum() > (b.mask == 3).sum() for a, b in zip(cases[::2], cases[1::2]))
+
+
+def test_extras_of_which_only_the_bytecode_is_left_are_as_good_as_deleted(tmp_path, monkeypatch):
+    (tmp_path / "extras" / "__pycache__").mkdir(parents=True)
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    assert data.extra("checks") is None
 
 
 def test_an_old_python_is_told_in_one_line_with_status_2():
