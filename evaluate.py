@@ -1,4 +1,4 @@
-"""Evaluation: 3-D metrics per volume at native size, and the table of a run.
+"""Evaluation: 3-D metrics at native size, the table of a run; also run files, processes, log.
 
 Implements the numbers of Section 4.1 and of Tables 1 and 7 (Dice, Jaccard, 95HD, ASD) by the
 field's protocol: each frame is one volume, each class is scored in 3-D against the native mask;
@@ -195,7 +195,7 @@ def command(name: str, run, remedy: str) -> None:
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or a closed pipe
         sys.exit(f"{name}: stopped; a training continues with --resume RUN")
     except (BadInput, OSError, ImportError, MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError) or "alloc" in str(error)
+        memory = isinstance(error, MemoryError) or "alloc" in str(error).lower()
         if isinstance(error, RuntimeError) and not memory:  # a bug in our code
             raise
         end = f"; {remedy}" if isinstance(error, OSError) else ""
@@ -260,16 +260,16 @@ def has_bfloat16(device: torch.device) -> bool:
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and (able.get("amx_bf16", False) or able.get("avx512_bf16", False))
 
-def summary(step: int, window: list[dict[str, Tensor]], codebook_size: int) -> dict:
+def summary(step: int, recent: list[dict[str, Tensor]], codebook_size: int) -> dict:
     """Means of the terms over the last steps, and the use of the codebook, for the log."""
     record = {"step": step}
-    for name in [name for name in window[-1] if name != "indices"]:
-        values = torch.stack([terms[name] for terms in window if name in terms])
+    for name in [name for name in recent[-1] if name != "indices"]:
+        values = torch.stack([terms[name] for terms in recent if name in terms])
         record[name] = round(values.float().mean().item(), 5)
     if not math.isfinite(record["loss"]):
         raise BadInput(f"step {step}: the loss is not finite: {record}; try a smaller --lr")
-    if "indices" in window[-1] and codebook_size:
-        indices = torch.cat([terms["indices"].flatten() for terms in window])
+    if "indices" in recent[-1] and codebook_size:
+        indices = torch.cat([terms["indices"].flatten() for terms in recent])
         record["used"], perplexity = usage(indices.bincount(minlength=codebook_size))
         record["perplexity"] = round(perplexity)
     return record

@@ -8,7 +8,7 @@ The paper does not say:
     perturbs the tokens of x_a, D_i makes x_u from q(z_a); teacher and frozen model see x_u.
   - any warm-up: of the unlabeled loss (`--warmup`), the learning rate (100 steps), alpha (890).
   - some settings. With `--paper` an epoch is a pass over the unlabeled slices, batch 4 is 4 labeled
-    and 4 unlabeled, "decay 3e-5" is weight decay; momentum and, always, the schedule's power: 0.9.
+    and 4 unlabeled, "decay 3e-5" is weight decay, momentum 0.9. Always: schedule of power 0.9.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def supervised_loss(s: Settings, student: nn.Module, x_l: Tensor, y_l: Tensor):
 def train(s: Settings) -> Path:
     """Trains, validates, scores; returns the run folder. With torchrun each process runs this."""
     rank, world, device = evaluate.join_processes(s.device)
-    dataset, labeled, unlabeled = open_data(s, world, device)
+    dataset, rows_l, rows_u = open_data(s, world, device)
     student, teacher, fm, optimizer, meta = build(s, dataset, device)
     amp = evaluate.has_bfloat16(device)
     meta |= {"processes": world, "precision": "bfloat16" if amp else "float32"}
@@ -133,7 +133,7 @@ def train(s: Settings) -> Path:
           f"{meta['fm']}\nterms (_l labeled; _u unlabeled, after the warm-up), codewords used, "
           "their perplexity, speed, time left")
     log_every = max(1, s.steps // 50)
-    window: list[dict[str, Tensor]] = []
+    recent: list[dict[str, Tensor]] = []
     began = time.perf_counter()
     for step in range(start, s.steps):
         g = generator(device, s.seed, step, rank)  # all the randomness of this step
@@ -141,8 +141,8 @@ def train(s: Settings) -> Path:
             group["lr"] = s.lr * min(1.0, (step + 1) / 100) * (1 - step / s.steps) ** 0.9
         lambda_u = s.lambda_u if step >= s.warmup * s.steps else 0.0
 
-        x_l, y_l = data.weak_view(*data.batch(dataset, labeled, s.batch, g), g, dataset.eval_crop)
-        x_u, _ = data.weak_view(*data.batch(dataset, unlabeled, s.batch, g), g, dataset.eval_crop)
+        x_l, y_l = data.weak_view(*data.batch(dataset, rows_l, s.batch, g), g, dataset.eval_crop)
+        x_u, _ = data.weak_view(*data.batch(dataset, rows_u, s.batch, g), g, dataset.eval_crop)
         x_l, x_a = data.strong_view(x_l, g), data.strong_view(x_u, g)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -156,10 +156,10 @@ def train(s: Settings) -> Path:
         # alpha rises from 0.1 to 0.99 in 890 steps, so that at first the teacher follows closely.
         ema_update(teacher, student, min(0.99, (1 + step) / (10 + step)))
 
-        window.append({name: value.detach() for name, value in terms.items()})
+        recent.append({name: value.detach() for name, value in terms.items()})
         if (step + 1) % log_every == 0:  # only now do numbers leave the device
-            log.append(evaluate.summary(step + 1, window, s.codebook_size))
-            window = []
+            log.append(evaluate.summary(step + 1, recent, s.codebook_size))
+            recent = []
             speed = (step + 1 - start) / (time.perf_counter() - began)
             left = (s.steps - step - 1) / speed / 60
             print(f"{evaluate.one_line(log[-1], s.steps)} {speed:.3g}/s {left:.0f} min", flush=True)
@@ -192,16 +192,16 @@ def open_data(s: Settings, world: int, device: torch.device):
     """Data set, rows of labeled and of unlabeled slices. Sets s.labeled and s.steps where 0."""
     dataset = data.load(s.data, s.root)
     few, many = dataset.training(s.labeled)
-    labeled, unlabeled = dataset.rows(few), dataset.rows(many)
+    rows_l, rows_u = dataset.rows(few), dataset.rows(many)
     s.labeled = len({case.patient for case in few})
-    paper_steps = math.ceil(100 * len(unlabeled) / (s.batch * world))  # 100 epochs
+    paper_steps = math.ceil(100 * len(rows_u) / (s.batch * world))  # 100 epochs
     s.steps = s.steps or (paper_steps if s.paper else {"phantom": 600}.get(s.data, 10_000))
-    print(f"{s.data}: {s.labeled} labeled patients, {len(labeled)} slices; {len(unlabeled)} "
+    print(f"{s.data}: {s.labeled} labeled patients, {len(rows_l)} slices; {len(rows_u)} "
           f"unlabeled slices; {len(dataset.part('val'))} validation volumes")
     # A set that fits lives on the GPU, so that no step waits for the host.
     if device.type == "cuda" and 8 * dataset.images.numel() < torch.cuda.mem_get_info(device)[0]:
         dataset = dataset._replace(images=dataset.images.to(device), masks=dataset.masks.to(device))
-    return dataset, labeled.to(device), unlabeled.to(device)
+    return dataset, rows_l.to(device), rows_u.to(device)
 
 def build(s: Settings, dataset: Dataset, device: torch.device):
     """Student, teacher, foundation model, optimizer, a run's record for evaluation. Sets s.fm."""

@@ -207,6 +207,7 @@ MEMORY = "; not enough memory: training needs less with a smaller --batch or --w
     (PermissionError(13, "denied", "runs"), 2, "x: [Errno 13] denied: 'runs'; change --out\n"),
     (RuntimeError("Tried to allocate 9 GiB"), 2, f"x: Tried to allocate 9 GiB{MEMORY}"),
     (RuntimeError("std::bad_alloc"), 2, f"x: std::bad_alloc{MEMORY}"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), 2, f"x: CUBLAS_STATUS_ALLOC_FAILED{MEMORY}"),
     (OSError(12, "Cannot allocate memory"), 2, f"x: [Errno 12] Cannot allocate memory{MEMORY}"),
     (MemoryError(), 2, f"x: {MEMORY}"),
     (BadInput("a: unreadable (Unable to allocate)"), 2, "x: a: unreadable (Unable to allocate)\n"),
