@@ -30,7 +30,7 @@ def intact(d: Dataset) -> Dataset:
         "labels": isinstance(d.labels, list) and len(d.labels) == len(set(d.labels)) > 1,
         "split": set(d.split) == {"train", "val", "test"} and len(patients) == len(set(patients)),
         "labeled": isinstance(d.labeled, int) and d.labeled > 0,
-        "eval_crop": d.eval_crop in range(16, data.GRID + 1, 16),
+        "eval_crop": d.eval_crop in range(32, data.GRID + 1, 16),
         "window": d.window is None or d.window[0] < d.window[1],
         "unit": d.unit in ("mm", "voxels"),
         "patients": {c.patient for c in d.cases} == set(patients),

@@ -166,8 +166,8 @@ def prepare(args: argparse.Namespace) -> None:
     if args.window and not 0 < args.window[1] - args.window[0] < math.inf:
         raise BadInput(f"--window {args.window}: the second number must be the larger")
     crop = args.eval_crop or (data.EVAL_CROP if args.split == "acdc" else data.GRID)
-    if crop % 16 or not 16 <= crop <= data.GRID:
-        raise BadInput(f"--eval-crop {crop}: must be a multiple of 16, at most {data.GRID}")
+    if crop % 16 or not 32 <= crop <= data.GRID:
+        raise BadInput(f"--eval-crop {crop}: must be a multiple of 16, 32 to {data.GRID}")
     labeled = 7
     if args.split != "acdc":
         labeled = len({s.patient for s in sources if s.masks} & set(split["train"]))
