@@ -231,7 +231,7 @@ def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) 
         for key in ("settings", "labels", "split", "fm", "window", "eval_crop"):
             saved[key]  # a KeyError where it is missing
     except Exception as error:  # a foreign file can fail in any way
-        fault = f"no whole checkpoint of this version ({type(error).__name__}); copy it again"
+        fault = f"no whole checkpoint of this version ({error!r:.80}); copy it again"
         remedy = "name the run's own data with --root" if resumed else "give another run"
         raise BadInput(f"{path}: {fault}, or {remedy}") from None
     return model.eval(), saved

@@ -275,7 +275,8 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
             base = json.loads(Path(given["resume"], "config.json").read_bytes())["settings"]
             base = {f.name: f.type(base[f.name]) for f in fields(Settings)}
         except Exception:  # a damaged file can fail in any way
-            raise BadInput(f"--resume {given['resume']}: no readable run; begin anew") from None
+            fault = "no readable run of this version; begin anew"
+            raise BadInput(f"--resume {given['resume']}: {fault}") from None
         for name in given.keys() - {"resume", "root", "device", "fm_weights"}:
             if given[name] != base[name]:
                 values = f"{given[name]}: RUN began with {base[name]}; leave it out"
@@ -286,7 +287,7 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
         low, high = f.metadata["low"], f.metadata["high"]
         if value not in (f.metadata["choices"] or [value]):  # in a record of another version
             raise BadInput(f"{flag} {value}: must be one of {', '.join(f.metadata['choices'])}")
-        if f.name == "codebook_size" and s.perturb in ("qpm", "shuffle") and not s.supervised:
+        if f.name == "codebook_size" and not s.supervised and s.perturb not in ("none", "dropout"):
             low = 2  # there must be another codeword
         if f.type in (int, float) and not low <= value <= high:
             raise BadInput(f"{flag} {value}: must be {low} to {high}")

@@ -4,9 +4,12 @@ import ast
 import importlib
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+import train
 
 ROOT = Path(__file__).parents[1]
 SEVEN = ["vq", "qpm", "losses", "model", "data", "evaluate", "train"]
@@ -43,6 +46,10 @@ def test_a_module_needs_four_packages_at_most_and_extras_only_where_asked_for(na
 def test_the_seven_have_1450_lines_at_most_and_none_over_300():
     lines = [len((ROOT / f"{name}.py").read_text().splitlines()) for name in SEVEN]
     assert max(lines) <= 300 and sum(lines) <= 1450
+
+
+def test_there_are_at_most_28_flags():
+    assert len(fields(train.Settings)) <= 28
 
 
 @pytest.mark.parametrize("name", SEVEN)
