@@ -1,6 +1,6 @@
 """Every figure of the README, and the pictures that end a training.
 
-    python -m extras.figures RUN [--out figures]
+    python -m extras.figures RUN --out figures
 
 Draws Figure 2 (`model.png`: one slice on its way through the network), Figure 3 with Eq. 1 against
 Eq. 6 (`qpm.png`), Appendix E (`vq.png`: the codebook before and after training; where the paper has
@@ -261,7 +261,7 @@ def draw_views(path: Path, dataset: Dataset) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the figures of the README from a run.")
     parser.add_argument("run", type=Path, help="run folder of train.py, not --supervised")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--root", default="", help="where the data is now")
     args = parser.parse_args()
     evaluate.command("extras.figures", partial(draw_all, args), "allow it, or change --out")
