@@ -107,8 +107,8 @@ def prepared(tmp_path):
     ("labels", None), ("labels", "ab"), ("labels", ["a", "a"]),
     ("split", None), ("split", {"train": ["a"], "val": ["b"]}), ("labeled", 0), ("labeled", "1"),
     ("split", {"train": ["a", "a"], "val": ["b"], "test": []}), ("eval_crop", 17),
-    ("eval_crop", 16), ("eval_crop", "240"), ("window", [1]), ("window", [1, 1]), ("unit", "km"), ("cases", {}),
-    ("cases", None), ("more", 1),
+    ("eval_crop", 16), ("eval_crop", "240"), ("window", [1]), ("window", [1, 1]),
+    ("unit", "km"), ("cases", {}), ("cases", None), ("more", 1),
     ("split", {"train": ["a", "c"], "val": ["b"], "test": []})])
 def test_a_record_of_a_set_that_was_changed_is_one_line(prepared, tmp_path, key, value):
     (tmp_path / "dataset.json").write_text(json.dumps(prepared | {key: value}))
