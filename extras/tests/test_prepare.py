@@ -489,7 +489,8 @@ def test_the_background_is_the_first_class_or_is_refused(pairs, capsys):
 @pytest.mark.parametrize("flags, said", [
     (["--window", "5", "-1"], "the second number must be the larger"),
     (["--window", "nan", "1"], "the second number"), (["--window", "0", "inf"], "the second"),
-    (["--eval-crop", "17"], "multiple of 16"), (["--seed", "-1"], "--seed -1: must be"),
+    (["--eval-crop", "17"], "multiple of 16"), (["--eval-crop", "16"], "32 to 240"),
+    (["--seed", "-1"], "--seed -1: must be"),
     (["--patient", "("], "give a regular expression"),
     (["--patient", "x"], "is not in p0; give what all names have")])
 def test_flags_out_of_range_are_refused(pairs, capsys, flags, said):
