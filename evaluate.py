@@ -230,7 +230,7 @@ def load_run(run: Path, device: torch.device, name: str = "best.pt", **resumed) 
             module.load_state_dict(saved[key])
         for key in ("settings", "labels", "split", "fm", "window", "eval_crop"):
             saved[key]  # a KeyError where it is missing
-    except Exception as error:  # a foreign file can fail in any way
+    except Exception as error:  # a foreign file can fail in any way, and in many lines
         fault = f"no whole checkpoint of this version ({error!r:.80}); copy it again"
         remedy = "name the run's own data with --root" if resumed else "give another run"
         raise BadInput(f"{path}: {fault}, or {remedy}") from None

@@ -163,7 +163,7 @@ class VQSeg(nn.Module):
     """Encoder, quantizer, both decoders and adapter: the student, and by `ema_update` the teacher.
 
     codebook_size 0: the tokens stay continuous, as in the supervised baseline, which lacks D_i.
-    fm_grid: (C',H',W') of the foundation model. H, W of x are multiples of 16, above 16.
+    fm_grid: (C',H',W') of f_fm, Eq. 11. H, W of x: multiples of 16, at least 32.
     """
 
     def __init__(self, classes: int = 4, codebook_size: int = 1024, width: int = 24, dim: int = 32,

@@ -8,7 +8,7 @@ The paper does not say:
     perturbs the tokens of x_a, D_i makes x_u from q(z_a); teacher and frozen model see x_u.
   - any warm-up: of the unlabeled loss (`--warmup`), the learning rate (100 steps), alpha (890).
   - some settings. With `--paper` an epoch is a pass over the unlabeled slices, batch 4 is 4 labeled
-    and 4 unlabeled, "decay 3e-5" is weight decay, momentum 0.9. Always: schedule of power 0.9.
+    and 4 unlabeled, "decay 3e-5" is weight decay, momentum 0.9. lr always falls with power 0.9.
 """
 
 import argparse

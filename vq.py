@@ -7,7 +7,7 @@ linear map, so that each step moves all codewords, also those that are nearest t
 The paper does not say:
   - how the codebook gets a gradient; the straight-through estimator gives it none. We add the usual
     codebook loss (codewords move to tokens) and commitment loss (tokens move to codewords).
-  - any usage term (Table 5: 98 % in use). We add `usage_loss`, as the authors' release does.
+  - what keeps the codebook in use (Table 5: 98 %). We add `usage_loss`, as the authors' release.
   - the length of a codeword. Ours have unit length, and so have the tokens: the distances of Eq. 2
     and Eq. 4 lie in [0, 2], and one temperature suits a whole run.
 """
